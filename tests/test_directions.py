@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from zo_lightning.directions import Coordinate, Gaussian, LowRank, Rademacher, Sphere, mix
+
+
+def test_sphere_has_norm_root_d() -> None:
+    params = [torch.zeros(30, 10), torch.zeros(7)]
+    u = torch.cat([t.flatten() for t in Sphere().sample(params, 0, 0, 0)])
+    assert u.norm().item() == pytest.approx(307**0.5, rel=1e-6)
+
+
+def test_rademacher_has_two_values_and_coordinate_one_place() -> None:
+    params = [torch.zeros(30, 10), torch.zeros(7)]
+    signs = torch.cat([t.flatten() for t in Rademacher().sample(params, 0, 0, 0)])
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    place = torch.cat([t.flatten() for t in Coordinate().sample(params, 0, 0, 0)])
+    assert place.count_nonzero() == 1
+    assert place.max().item() == pytest.approx(307**0.5)
+
+
+def test_low_rank_has_its_rank() -> None:
+    (matrix,) = LowRank(rank=2).sample([torch.zeros(8, 3, 3, 3)], 0, 0, 0)
+    assert torch.linalg.matrix_rank(matrix.view(8, -1)).item() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("u", [Gaussian(), Sphere(), Rademacher(), Coordinate(), LowRank()])
+def test_dtype_and_shape_follow_the_weights(u: Gaussian, dtype: torch.dtype) -> None:
+    for p, t in zip(
+        params := [torch.zeros(3, 2, dtype=dtype), torch.zeros((), dtype=dtype)], u.sample(params, 0, 0, 0), strict=True
+    ):
+        assert (t.dtype, t.shape) == (dtype, p.shape)
+
+
+def test_streams_of_neighbouring_keys_are_unrelated() -> None:
+    keys = [
+        mix(seed, step, index, position)
+        for seed in range(4)
+        for step in range(10)
+        for index in range(4)
+        for position in range(4)
+    ]
+    assert len(set(keys)) == len(keys)
+    assert mix(1, 2) != mix(2, 1)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        LowRank(rank=0)
+    with pytest.raises(ValueError, match="draw_on must be 'cpu' or 'device', got 'gpu'"):
+        Gaussian(draw_on="gpu")  # type: ignore[arg-type]

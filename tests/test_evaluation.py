@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch import nn
+
+from zo_lightning.directions import Gaussian
+from zo_lightning.evaluation import InPlace
+from zo_lightning.stencils import Central, Forward, Stencil
+
+
+@pytest.mark.parametrize("restore", ["exact", "replay"])
+@pytest.mark.parametrize("stencil", [Forward(0.5), Central(0.5)])
+def test_losses_are_those_at_the_stencils_points(restore: str, stencil: Stencil) -> None:
+    net = nn.Linear(3, 1, dtype=torch.float64)
+    params = list(net.parameters())
+    origin = [p.detach().clone() for p in params]
+    weights = [torch.arange(p.numel(), dtype=p.dtype).view(p.shape) + 1 for p in params]
+
+    def objective() -> float:
+        return sum(float((w * p.detach()).sum()) for w, p in zip(weights, params, strict=True))
+
+    evaluation = InPlace(restore)  # type: ignore[arg-type]
+    for losses, u in evaluation.slopes(objective, params, Gaussian(), stencil, 3, seed=1, step=2):
+        direction = list(u)
+        for loss, offset in zip(losses, stencil.offsets, strict=True):
+            expected = sum(
+                float((w * (o + 0.5 * offset * t)).sum()) for w, o, t in zip(weights, origin, direction, strict=True)
+            )
+            assert loss == pytest.approx(expected)
+        assert all(torch.allclose(p, o, rtol=0, atol=1e-14) for p, o in zip(params, origin, strict=True))
+
+
+def test_the_forward_difference_shares_its_centre() -> None:
+    calls = 0
+
+    def objective() -> float:
+        nonlocal calls
+        calls += 1
+        return 0.0
+
+    list(InPlace().slopes(objective, list(nn.Linear(1, 1).parameters()), Gaussian(), Forward(), 4, 0, 0))
+    assert calls == 5
+
+
+def test_bad_restore() -> None:
+    with pytest.raises(ValueError, match="restore must be 'exact' or 'replay', got 'none'"):
+        InPlace("none")  # type: ignore[arg-type]

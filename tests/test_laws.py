@@ -1,0 +1,246 @@
+"""The laws that every component obeys, each asserted for every component in one table.
+
+A new distribution or estimator gets all of these tests by adding a row.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zo_lightning import (
+    Backprop,
+    Central,
+    Coordinate,
+    Directions,
+    Forward,
+    ForwardGradient,
+    Gaussian,
+    GradientEstimator,
+    InPlace,
+    LowRank,
+    NonFiniteLoss,
+    Objective,
+    Rademacher,
+    Sphere,
+    ZerothOrder,
+)
+
+SHAPES = ((3, 2), (4,))
+D = 10
+
+# Each with the largest fourth moment E[uⱼ⁴] of its entries: normal 3, sphere 3d/(d+2), signs 1, one coordinate d, and
+# for the sum of r products of normals over √r: (9r + 3r(r − 1)) / r² = 3 + 6/r.
+DIRECTIONS: dict[str, tuple[Directions, float]] = {
+    "gaussian": (Gaussian(), 3.0),
+    "sphere": (Sphere(), 3 * D / (D + 2)),
+    "rademacher": (Rademacher(), 1.0),
+    "coordinate": (Coordinate(), D),
+    "low_rank_1": (LowRank(rank=1), 9.0),
+    "low_rank_2": (LowRank(rank=2), 6.0),
+}
+ESTIMATORS: dict[str, Callable[[Directions, int], GradientEstimator]] = {
+    "central": lambda u, q: ZerothOrder(u, Central(1e-3), samples=q, seed=0),
+    "forward": lambda u, q: ZerothOrder(u, Forward(1e-3), samples=q, seed=0),
+    "forward_gradient": lambda u, q: ForwardGradient(u, samples=q, seed=0),
+}
+directions = pytest.mark.parametrize(("u", "kurtosis"), DIRECTIONS.values(), ids=DIRECTIONS.keys())
+forward_only = pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS.keys())
+
+
+def params() -> list[Tensor]:
+    return [torch.zeros(shape) for shape in SHAPES]
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+class Noisy(nn.Module):
+    """A net with everything that a probe might disturb: BatchNorm, dropout, a tied weight, a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(5, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.inner = nn.Linear(4, 4)
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.inner.weight
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.norm(self.first(x)).tanh(), 0.5, self.training)
+        return self.last(self.frozen(self.tied(self.inner(x).tanh())).tanh())
+
+
+def problem() -> tuple[Noisy, Callable[[], Tensor]]:
+    net = Noisy()
+    x, y = torch.randn(8, 5), torch.randint(3, (8,))
+    return net, lambda: F.cross_entropy(net(x), y)
+
+
+def state(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def assert_unchanged(net: nn.Module, before: dict[str, Tensor]) -> None:
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@directions
+def test_law_1_second_moment_is_the_identity(u: Directions, kurtosis: float) -> None:
+    n = 4000
+    draws = torch.stack([flat(u.sample(params(), 0, step, 0)) for step in range(n)]).double()
+    # An entry of the mean of uuᵀ has variance at most E[uᵢ²uⱼ²] / n ≤ kurtosis / n; five of its standard deviations.
+    tolerance = 5 * math.sqrt(kurtosis / n)
+    assert torch.allclose(draws.T @ draws / n, torch.eye(D, dtype=torch.float64), rtol=0, atol=tolerance)
+    assert draws.square().sum(1).mean().item() == pytest.approx(D, rel=tolerance)
+
+
+@directions
+@forward_only
+def test_law_1_the_mean_estimate_tends_to_the_gradient(
+    make: Callable[[Directions, int], GradientEstimator], u: Directions, kurtosis: float
+) -> None:
+    torch.manual_seed(1)
+    net, q = nn.Linear(4, 2), 2000
+    x, y = torch.randn(16, 4), torch.randn(16, 2)
+
+    def loss() -> Tensor:
+        return F.mse_loss(net(x).tanh(), y)
+
+    Backprop().backward(loss, net, 0)
+    g = flat([p.grad for p in net.parameters() if p.grad is not None])
+    make(u, q).backward(loss, net, 0)
+    estimate = flat([p.grad for p in net.parameters() if p.grad is not None])
+    # E‖ĝ − g‖² ≤ kurtosis · d ‖g‖² / q, whence cos ≥ 1/√(1 + that); twice the variance allows for chance.
+    assert F.cosine_similarity(g, estimate, 0).item() > 1 / math.sqrt(1 + 2 * kurtosis * len(g) / q)
+    assert (estimate.norm() / g.norm()).item() == pytest.approx(1, abs=2 * math.sqrt(kurtosis * len(g) / q))
+
+
+@directions
+def test_law_2_replay(u: Directions, kurtosis: float) -> None:
+    keys = [(seed, step, index) for seed in (0, 1, 2**40) for step in (0, 1) for index in (0, 7)]
+    drawn = {key: flat(u.sample(params(), *key)) for key in keys}
+    torch.manual_seed(99)
+    for key in reversed(keys):
+        assert torch.equal(flat(u.sample(params(), *key)), drawn[key])
+        assert torch.equal(flat(list(u.stream(params(), *key))), drawn[key]), "a tensor at a time"
+    if not isinstance(u, Coordinate):  # of which there are only d
+        assert len({tuple(value.tolist()) for value in drawn.values()}) == len(keys)
+
+
+@pytest.mark.parametrize("u", [Gaussian(), Rademacher(), LowRank()])
+def test_law_2_a_tensor_does_not_depend_on_the_others(u: Directions) -> None:
+    small, large = torch.zeros(2), torch.zeros(50, 3)
+    last = torch.zeros(6, 2)
+    assert torch.equal(u.sample([small, last], 3, 4, 5)[1], u.sample([large, last], 3, 4, 5)[1])
+
+
+@directions
+@forward_only
+def test_law_3_weights_and_buffers_come_back(
+    make: Callable[[Directions, int], GradientEstimator], u: Directions, kurtosis: float
+) -> None:
+    net, loss = problem()
+    before = state(net)
+    make(u, 3).backward(loss, net, 0)
+    assert_unchanged(net, before)
+
+
+@forward_only
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), NonFiniteLoss(math.nan)])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_law_3_also_after_an_error(
+    make: Callable[[Directions, int], GradientEstimator], error: BaseException, at: int
+) -> None:
+    net, loss = problem()
+    before = state(net)
+    calls = 0
+
+    def failing() -> Tensor:
+        nonlocal calls
+        calls += 1
+        value = loss()
+        if calls == at:
+            raise error
+        return value
+
+    with pytest.raises(type(error)):
+        make(Sphere(), 3).backward(failing, net, 0)
+    assert_unchanged(net, before)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_law_3_replay_is_inexact_but_close() -> None:
+    net, loss = problem()
+    before = state(net)
+    exact, replay = (ZerothOrder(evaluation=InPlace(restore), samples=3, seed=0) for restore in ("exact", "replay"))
+    exact.backward(loss, net, 0)
+    expected = flat([p.grad for p in net.parameters() if p.grad is not None])
+    replay.backward(loss, net, 0)
+    actual = flat([p.grad for p in net.parameters() if p.grad is not None])
+    # A weight of size 1 is rounded to 6e-8 some nine times; a slope over 2 mu = 2e-3 sees losses rounded to 1e-7.
+    assert torch.allclose(flat(list(net.state_dict().values())), flat(list(before.values())), rtol=0, atol=1e-6)
+    assert torch.allclose(actual, expected, rtol=1e-2, atol=1e-3)
+
+
+@forward_only
+def test_law_4_a_probe_leaves_the_global_random_state(make: Callable[[Directions, int], GradientEstimator]) -> None:
+    net, loss = problem()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    make(Sphere(), 2).backward(loss, net, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_law_4_probes_of_one_step_share_their_dropout_masks() -> None:
+    net, loss = problem()
+    first, again, other = Objective(loss, net, seed=1), Objective(loss, net, seed=1), Objective(loss, net, seed=2)
+    assert first() == first() == again() != other()
+
+
+def test_law_4_a_tied_weight_is_perturbed_once() -> None:
+    net, loss = problem()
+    seen: list[Tensor] = []
+
+    def spy() -> Tensor:
+        seen.append(net.tied.weight.detach().clone())
+        return loss()
+
+    ZerothOrder(Rademacher(), Central(0.25), seed=0).backward(spy, net, 0)
+    for perturbed in seen:
+        assert torch.allclose((perturbed - net.tied.weight).abs(), torch.tensor(0.25))
+    assert net.tied.weight.grad is net.inner.weight.grad is not None
+
+
+@forward_only
+def test_law_4_frozen_weights_are_left_alone(make: Callable[[Directions, int], GradientEstimator]) -> None:
+    net, loss = problem()
+    make(Sphere(), 1).backward(loss, net, 0)
+    assert net.frozen.weight.grad is None
+    assert net.first.weight.grad is not None
+
+
+@forward_only
+def test_no_graph_is_built(make: Callable[[Directions, int], GradientEstimator]) -> None:
+    net, loss = problem()
+
+    def watched() -> Tensor:
+        assert not torch.is_grad_enabled()
+        value = loss()
+        assert value.grad_fn is None
+        return value
+
+    def fail(tensor: Tensor) -> Tensor:
+        raise AssertionError("autograd saved a tensor")
+
+    with torch.autograd.graph.saved_tensors_hooks(fail, lambda tensor: tensor):
+        make(Sphere(), 2).backward(watched, net, 0)

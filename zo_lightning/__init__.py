@@ -1,0 +1,67 @@
+"""Train any PyTorch Lightning model by forward passes only, or by backpropagation.
+
+``import zo_lightning as zo`` imports nothing heavy: every public name is loaded when it is first used (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere
+    from zo_lightning.estimators import Backprop, ForwardGradient, GradientEstimator, ZerothOrder
+    from zo_lightning.evaluation import Evaluation, InPlace
+    from zo_lightning.modules import AutomaticClassifier, Classifier, EstimatedGradient, TrainingDiverged
+    from zo_lightning.nets import ScalableCNN, SmallCNN
+    from zo_lightning.objective import NonFiniteLoss, Objective
+    from zo_lightning.optim import AdaMM, SignSGD
+    from zo_lightning.stencils import Central, Forward, Stencil
+
+_HOMES = {
+    "directions": ("Coordinate", "Directions", "Gaussian", "LowRank", "Rademacher", "Sphere"),
+    "estimators": ("Backprop", "ForwardGradient", "GradientEstimator", "ZerothOrder"),
+    "evaluation": ("Evaluation", "InPlace"),
+    "modules": ("AutomaticClassifier", "Classifier", "EstimatedGradient", "TrainingDiverged"),
+    "nets": ("ScalableCNN", "SmallCNN"),
+    "objective": ("NonFiniteLoss", "Objective"),
+    "optim": ("AdaMM", "SignSGD"),
+    "stencils": ("Central", "Forward", "Stencil"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AdaMM",
+    "AutomaticClassifier",
+    "Backprop",
+    "Central",
+    "Classifier",
+    "Coordinate",
+    "Directions",
+    "EstimatedGradient",
+    "Evaluation",
+    "Forward",
+    "ForwardGradient",
+    "Gaussian",
+    "GradientEstimator",
+    "InPlace",
+    "LowRank",
+    "NonFiniteLoss",
+    "Objective",
+    "Rademacher",
+    "ScalableCNN",
+    "SignSGD",
+    "SmallCNN",
+    "Sphere",
+    "Stencil",
+    "TrainingDiverged",
+    "ZerothOrder",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'zo_lightning' has no attribute {name!r}")
+    return getattr(import_module(f"zo_lightning.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,8 @@
+"""Gradient estimators: ways to fill ``.grad``, by backpropagation or from loss values alone."""
+
+from zo_lightning.estimators.backprop import Backprop
+from zo_lightning.estimators.base import GradientEstimator
+from zo_lightning.estimators.forward_gradient import ForwardGradient
+from zo_lightning.estimators.zeroth_order import ZerothOrder
+
+__all__ = ["Backprop", "ForwardGradient", "GradientEstimator", "ZerothOrder"]

@@ -1,0 +1,119 @@
+"""How the losses along the directions of a step are obtained."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zo_lightning.directions import Directions
+from zo_lightning.stencils import Stencil
+
+
+@dataclass(frozen=True)
+class Evaluation(ABC):
+    """A way to ask an objective for its losses along several directions."""
+
+    @abstractmethod
+    def slopes(
+        self,
+        objective: Callable[[], float],
+        params: Sequence[Tensor],
+        directions: Directions,
+        stencil: Stencil,
+        samples: int,
+        seed: int,
+        step: int,
+    ) -> Iterator[tuple[tuple[float, ...], Iterable[Tensor]]]:
+        """Yield for each of ``samples`` directions its losses at the stencil's offsets, and its tensors.
+
+        Whenever this yields, returns, raises or is closed, the weights are those from before. The tensors of a
+        direction are new: the caller may keep them or change them in place.
+        """
+
+
+@dataclass(frozen=True)
+class InPlace(Evaluation):
+    """Perturb the weights themselves, one point after the other, and put them back.
+
+    Args:
+        restore: ``"exact"`` keeps a copy of the weights, and they come back bit for bit. ``"replay"`` keeps nothing and
+            subtracts what it added, drawing the direction again one tensor at a time (MeZO, Malladi et al. 2023);
+            beside ``.grad`` its memory is one tensor of noise, but it is *inexact*: each step leaves a rounding error
+            in the weights (in float32 about 2e-6 after 1,000 steps; in bfloat16 percents).
+
+    Raises:
+        ValueError: ``restore`` is neither.
+    """
+
+    restore: Literal["exact", "replay"] = "exact"
+
+    def __post_init__(self) -> None:
+        if self.restore not in ("exact", "replay"):
+            raise ValueError(f"restore must be 'exact' or 'replay', got {self.restore!r}")
+
+    def slopes(
+        self,
+        objective: Callable[[], float],
+        params: Sequence[Tensor],
+        directions: Directions,
+        stencil: Stencil,
+        samples: int,
+        seed: int,
+        step: int,
+    ) -> Iterator[tuple[tuple[float, ...], Iterable[Tensor]]]:
+        """Yield losses and tensors direction after direction; the loss at offset 0 is asked once and shared."""
+        centre = objective() if 0.0 in stencil.offsets else None
+        saved = [p.detach().clone() for p in params] if self.restore == "exact" else None
+        for index in range(samples):
+            if saved is not None:
+                u = directions.sample(params, seed, step, index)
+                walk = _Exact(params, saved, u, stencil.mu)
+                direction: Iterable[Tensor] = u
+            else:
+                walk = _Replayed(params, lambda i=index: directions.stream(params, seed, step, i), stencil.mu)
+                direction = directions.stream(params, seed, step, index)
+            losses = []
+            try:
+                for offset in stencil.offsets:
+                    if offset == 0.0 and centre is not None:
+                        losses.append(centre)
+                    else:
+                        walk.to(offset)
+                        losses.append(objective())
+            finally:
+                walk.to(0.0)
+            yield tuple(losses), direction
+
+
+class _Exact:
+    """Moves the weights along one direction, each time from a saved copy."""
+
+    def __init__(self, params: Sequence[Tensor], saved: list[Tensor], u: list[Tensor], mu: float) -> None:
+        self.params, self.saved, self.u, self.mu = params, saved, u, mu
+
+    @torch.no_grad()
+    def to(self, offset: float) -> None:
+        if offset == 0.0:
+            for p, origin in zip(self.params, self.saved, strict=True):
+                p.copy_(origin)
+            return
+        for p, origin, u in zip(self.params, self.saved, self.u, strict=True):
+            torch.add(origin, u, alpha=offset * self.mu, out=p)
+
+
+class _Replayed:
+    """Moves the weights along one direction by adding what separates the present point from the next."""
+
+    def __init__(self, params: Sequence[Tensor], stream: Callable[[], Iterator[Tensor]], mu: float) -> None:
+        self.params, self.stream, self.mu = params, stream, mu
+        self.offset = 0.0
+
+    @torch.no_grad()
+    def to(self, offset: float) -> None:
+        if offset != self.offset:
+            for p, u in zip(self.params, self.stream(), strict=True):
+                p.add_(u, alpha=(offset - self.offset) * self.mu)
+        self.offset = offset

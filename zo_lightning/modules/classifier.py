@@ -1,0 +1,146 @@
+"""Image classification by any network, trained by any estimator."""
+
+from typing import Any, Literal
+
+from pytorch_lightning import LightningModule
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from zo_lightning.estimators import GradientEstimator, ZerothOrder
+from zo_lightning.modules.mixin import EstimatedGradient, logs_now
+from zo_lightning.nets import ScalableCNN
+from zo_lightning.optim import AdaMM
+
+Batch = tuple[Tensor, Tensor]
+
+
+class AutomaticClassifier(LightningModule):
+    """A classifier as anyone would write it for automatic optimization; ``Classifier`` adds the estimator.
+
+    Logs ``train/loss``, ``train/acc`` (of one batch, every ``log_every_n_steps``), ``train/loss_epoch`` (of all batches
+    of the epoch), ``val/loss``, ``val/acc``, ``test/loss`` and ``test/acc``.
+
+    Args:
+        net: maps images [B, C, H, W] to logits [B, num_classes].
+        optimizer: makes the optimizer from the weights.
+        lr_scheduler: makes the LR scheduler from the optimizer; None keeps the learning rate.
+        lr_interval: ``"epoch"`` or ``"step"``: when the scheduler steps.
+        num_classes: ≥ 2.
+
+    Raises:
+        ValueError: ``num_classes`` < 2, or ``lr_interval`` is neither.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module | None = None,
+        optimizer: OptimizerCallable = AdaMM,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        if lr_interval not in ("epoch", "step"):
+            raise ValueError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
+        self.net = net if net is not None else ScalableCNN()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.train_acc, self.val_acc, self.test_acc = (
+            MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(3)
+        )
+        self._loss_sum, self._examples = 0.0, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits [B, num_classes] of images [B, C, H, W]."""
+        return self.net(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean cross-entropy of a batch."""
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        # A call of self.log costs as much as a small net's forward pass: only where Lightning passes it on.
+        if logs_now(self):
+            self.log("train/loss", loss, prog_bar=True)
+            self.log("train/acc", self.train_acc(logits, labels))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Add the batch to the epoch's mean loss."""
+        self._loss_sum += outputs["loss"].detach() * len(batch[1])
+        self._examples += len(batch[1])
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's mean loss."""
+        if self._examples:
+            self.log("train/loss_epoch", self._loss_sum / self._examples)
+        self._loss_sum, self._examples = 0.0, 0
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log loss and accuracy over the validation set."""
+        self._evaluate(batch, "val", self.val_acc)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log loss and accuracy over the test set."""
+        self._evaluate(batch, "test", self.test_acc)
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """The most likely class [B] of each image; labels, where given, are ignored."""
+        return self(batch if isinstance(batch, Tensor) else batch[0]).argmax(1)
+
+    def configure_optimizers(self) -> Any:
+        """Make the optimizer and, where asked for, its scheduler."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        config = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": getattr(scheduler, "monitor", None)}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy) -> None:
+        images, labels = batch
+        logits = self(images)
+        accuracy.update(logits, labels)
+        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), prog_bar=True, batch_size=len(labels))
+        self.log(f"{stage}/acc", accuracy, prog_bar=True, batch_size=len(labels))
+
+
+class Classifier(EstimatedGradient, AutomaticClassifier):
+    """Image classification, trained by backpropagation or by forward passes alone: the estimator decides.
+
+    Args:
+        net: maps images [B, C, H, W] to logits [B, num_classes]; the default is the study's smallest CNN.
+        estimator: fills the gradients.
+        optimizer: makes the optimizer from the weights; AdaMM or anything of ``torch.optim``.
+        lr_scheduler: makes the LR scheduler from the optimizer; None keeps the learning rate.
+        lr_interval: ``"epoch"`` or ``"step"``: when the scheduler steps.
+        mu_follows_lr: scale the estimator's ``mu`` with the learning rate, with a floor of 1e-6.
+        gradient_clip_val: largest norm of the gradient estimate, or None.
+        num_classes: ≥ 2; the command line takes it from the data.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module | None = None,
+        estimator: GradientEstimator | None = None,
+        optimizer: OptimizerCallable = AdaMM,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        mu_follows_lr: bool = False,
+        gradient_clip_val: float | None = None,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__(net, optimizer, lr_scheduler, lr_interval, num_classes)
+        self.estimator = estimator if estimator is not None else ZerothOrder()
+        if gradient_clip_val is not None and not gradient_clip_val > 0:
+            raise ValueError(f"gradient_clip_val must be positive or null, got {gradient_clip_val}")
+        self.gradient_clip_val = gradient_clip_val
+        self.mu_follows_lr = mu_follows_lr

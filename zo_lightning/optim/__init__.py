@@ -1,0 +1,6 @@
+"""Update rules that ``torch.optim`` lacks, one per file."""
+
+from zo_lightning.optim.adamm import AdaMM
+from zo_lightning.optim.sign_sgd import SignSGD
+
+__all__ = ["AdaMM", "SignSGD"]

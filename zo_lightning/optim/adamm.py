@@ -1,0 +1,77 @@
+"""AMSGrad without bias correction, the update rule of AdaMM."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_lightning.optim.checks import check_lr, check_unit_interval
+
+
+class AdaMM(torch.optim.Optimizer):
+    """Adaptive momentum method (Reddi et al., *On the convergence of Adam and beyond*, 2018; Chen et al. 2019).
+
+    ``m ← β₁ m + (1 − β₁) g``, ``v ← β₂ v + (1 − β₂) g²``, ``v̂ ← max(v̂, v)``, ``x ← x − lr · m / (√v̂ + eps)``, all
+    starting at zero and without bias correction; ``torch.optim.Adam(amsgrad=True)`` is the same with it.
+
+    Args:
+        params: weights, or groups of them.
+        lr: ≥ 0.
+        betas: ``(β₁, β₂)``, each in [0, 1).
+        eps: ≥ 0.
+        weight_decay: ≥ 0, decoupled: ``x ← (1 − lr · weight_decay) x`` first (Loshchilov & Hutter 2019).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        check_lr(lr)
+        for index, beta in enumerate(betas):
+            check_unit_interval(f"betas[{index}]", beta)
+        if not eps >= 0:
+            raise ValueError(f"eps must be at least 0, got {eps}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every weight that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._update(group)
+        return loss
+
+    def _update(self, group: dict[str, Any]) -> None:
+        x = [p for p in group["params"] if p.grad is not None]
+        if not x:
+            return
+        g = [p.grad for p in x]
+        for p in x:
+            if not self.state[p]:
+                self.state[p] = {name: torch.zeros_like(p) for name in ("m", "v", "v_hat")}
+        m, v, v_hat = ([self.state[p][name] for p in x] for name in ("m", "v", "v_hat"))
+        beta1, beta2 = group["betas"]
+        lr = float(group["lr"])
+
+        torch._foreach_lerp_(m, g, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, g, g, 1 - beta2)
+        torch._foreach_maximum_(v_hat, v)
+        denominator = torch._foreach_sqrt(v_hat)
+        torch._foreach_add_(denominator, group["eps"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(x, 1 - lr * group["weight_decay"])
+        torch._foreach_addcdiv_(x, m, denominator, -lr)
