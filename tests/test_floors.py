@@ -18,6 +18,7 @@ FLOORS = {
     "estimators": 2,
     "modules": 3,
     "study": 4,
+    "cli_errors": 4,
     "callbacks": 4,
     "cli": 5,
     "__main__": 6,

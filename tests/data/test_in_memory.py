@@ -68,7 +68,6 @@ def test_no_validation_set_means_training_on_all_and_validating_on_the_test_set(
         ({"val_size": -1}, "val_size=-1 must be a whole number of at least 0"),
         ({"val_size": 40}, "val_size=40 must be below the number of training images, 40"),
         ({"seed": -3}, "seed=-3 must be a whole number of at least 0"),
-        ({"seed": 2**32}, r"seed=4294967296 must be below 2\*\*32"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:

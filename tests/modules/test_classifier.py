@@ -72,4 +72,4 @@ def test_learns_and_predicts(estimator: Any, tmp_path: Path) -> None:
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Classifier(**arguments)
+        Classifier(net(), Backprop(), **arguments)

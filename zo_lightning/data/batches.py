@@ -72,7 +72,7 @@ class ShuffledBatches(TensorBatches):
         images: All images, ``(N, C, H, W)``.
         labels: Their labels, ``(N,)``.
         batch_size: Images per batch, over all ranks.
-        seed: 0 to 2**32 - 1; decides the order together with the epoch.
+        seed: At least 0; decides the order together with the epoch.
         rank: This process.
         world_size: Number of processes.
         progress: Called when a pass begins: returns its (epoch, index of its first batch), or None for its own count.
@@ -134,7 +134,7 @@ class ShuffledBatches(TensorBatches):
 
 
 def random_stream(purpose: str, *key: int) -> torch.Generator:
-    """Return a generator that depends on ``purpose`` and on each number of ``key`` (0 to 2**32 - 1), on nothing else.
+    """Return a generator that depends on ``purpose`` and on each number of ``key`` (at least 0), on nothing else.
 
     The key is hashed (`numpy.random.SeedSequence`): a sum such as seed + epoch would give two runs the same order one
     epoch apart, and torch's CPU generator looks only at the lowest 32 bits of its seed.

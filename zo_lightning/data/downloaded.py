@@ -22,7 +22,8 @@ class DownloadedDataModule(InMemoryDataModule):
     Args:
         batch_size: Images per batch (over all processes); the last batch of an epoch may be smaller.
         val_size: Images taken from the training set for validation; 0 trains on all and validates on the test set.
-        seed: Decides the validation split and, together with the epoch, the order of the training images.
+        seed: Decides the validation split and, together with the epoch, the order of the training images; None takes
+            the one given to ``torch.manual_seed`` or ``seed_everything``.
         root: Folder of the data, laid out as torchvision does.
         download: Download the data where they are absent.
     """
@@ -31,7 +32,7 @@ class DownloadedDataModule(InMemoryDataModule):
     """The data set's name, as torchvision has it."""
 
     def __init__(
-        self, batch_size: int = 128, val_size: int = 5000, seed: int = 0, root: str = "data", download: bool = True
+        self, batch_size: int = 128, val_size: int = 5000, seed: int | None = None, root: str = "data", download: bool = True
     ) -> None:
         super().__init__(batch_size, val_size, seed)
         self.root = root

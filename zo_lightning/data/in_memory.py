@@ -20,7 +20,8 @@ class InMemoryDataModule(LightningDataModule, ABC):
     Args:
         batch_size: Images per batch (over all processes); the last batch of an epoch may be smaller.
         val_size: Images taken from the training set for validation; 0 trains on all and validates on the test set.
-        seed: Decides the validation split and, together with the epoch, the order of the training images.
+        seed: Decides the validation split and, together with the epoch, the order of the training images; None takes
+            the one given to ``torch.manual_seed`` or ``seed_everything``.
     """
 
     num_classes: ClassVar[int]
@@ -28,16 +29,14 @@ class InMemoryDataModule(LightningDataModule, ABC):
     image_size: ClassVar[int]
     """Height and width of an image, in pixels."""
 
-    def __init__(self, batch_size: int = 128, val_size: int = 0, seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 128, val_size: int = 0, seed: int | None = None) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("val_size", val_size, 0), ("seed", seed, 0)):
+        for name, value, least in (("batch_size", batch_size, 1), ("val_size", val_size, 0), ("seed", seed or 0, 0)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-        if seed >= 2**32:
-            raise ValueError(f"seed={seed} must be below 2**32")
         self.batch_size = batch_size
         self.val_size = val_size
-        self.seed = seed
+        self.seed = torch.initial_seed() if seed is None else seed
         self._subsets: dict[str, tuple[Tensor, Tensor]] = {}
 
     @abstractmethod

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from zo_lightning.estimators import GradientEstimator, ZerothOrder
+from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules.mixin import EstimatedGradient, logs_now
-from zo_lightning.nets import ScalableCNN
 from zo_lightning.optim import AdaMM
 
 Batch = tuple[Tensor, Tensor]
@@ -35,7 +34,7 @@ class AutomaticClassifier(LightningModule):
 
     def __init__(
         self,
-        net: nn.Module | None = None,
+        net: nn.Module,
         optimizer: OptimizerCallable = AdaMM,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -46,7 +45,7 @@ class AutomaticClassifier(LightningModule):
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         if lr_interval not in ("epoch", "step"):
             raise ValueError(f"lr_interval must be 'epoch' or 'step', got {lr_interval!r}")
-        self.net = net if net is not None else ScalableCNN()
+        self.net = net
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
@@ -114,7 +113,7 @@ class Classifier(EstimatedGradient, AutomaticClassifier):
     """Image classification, trained by backpropagation or by forward passes alone: the estimator decides.
 
     Args:
-        net: maps images [B, C, H, W] to logits [B, num_classes]; the default is the study's smallest CNN.
+        net: maps images [B, C, H, W] to logits [B, num_classes].
         estimator: fills the gradients.
         optimizer: makes the optimizer from the weights; AdaMM or anything of ``torch.optim``.
         lr_scheduler: makes the LR scheduler from the optimizer; None keeps the learning rate.
@@ -129,8 +128,8 @@ class Classifier(EstimatedGradient, AutomaticClassifier):
 
     def __init__(
         self,
-        net: nn.Module | None = None,
-        estimator: GradientEstimator | None = None,
+        net: nn.Module,
+        estimator: GradientEstimator,
         optimizer: OptimizerCallable = AdaMM,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -139,7 +138,7 @@ class Classifier(EstimatedGradient, AutomaticClassifier):
         num_classes: int = 10,
     ) -> None:
         super().__init__(net, optimizer, lr_scheduler, lr_interval, num_classes)
-        self.estimator = estimator if estimator is not None else ZerothOrder()
+        self.estimator = estimator
         if gradient_clip_val is not None and not gradient_clip_val > 0:
             raise ValueError(f"gradient_clip_val must be positive or null, got {gradient_clip_val}")
         self.gradient_clip_val = gradient_clip_val

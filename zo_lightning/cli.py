@@ -1,0 +1,169 @@
+"""The command line: LightningCLI with short class names, one embedded default and errors of one or two lines."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from zo_lightning.cli_errors import UserError, explain_parsing, innermost
+from zo_lightning.data import InMemoryDataModule
+from zo_lightning.modules import Classifier, TrainingDiverged
+
+DEFAULT = Path(__file__).with_name("default.yaml")
+
+
+class Parser(LightningArgumentParser):
+    """A parser that raises ``UserError`` where others print their usage and exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise what argparse would print."""
+        raise UserError(explain_parsing(message, self)) from ex
+
+
+class CLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` of a ``Classifier`` on any LightningDataModule.
+
+    Whatever can be known to be wrong is found before anything is written.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        environment = {"default_env": True, "env_prefix": "ZO_LIGHTNING"}
+        by_subcommand = {name: dict(environment) for name in self.subcommands()}
+        super().__init__(
+            Classifier,
+            LightningDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=42,
+            save_config_kwargs={"overwrite": True},
+            parser_class=Parser,
+            parser_kwargs={"description": "Train by forward passes or by backpropagation.", **environment, **by_subcommand},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add a checkpoint and a progress bar that every run has, and the link from the data's classes to the model."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(TQDMProgressBar, "progress_bar")
+        parser.set_defaults(_defaults())
+        parser.link_arguments("data", "model.num_classes", compute_fn=_num_classes, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and read the checkpoint where one is named."""
+        super().parse_arguments(parser, args)
+        options = self.config.get(self.config.get("subcommand"), {})
+        self.checkpoint = _read_checkpoint(options.get("ckpt_path"))
+
+    def instantiate_classes(self) -> None:
+        """Make all components; a value that one of them refuses is the user's."""
+        try:
+            super().instantiate_classes()
+            self.model.configure_optimizers()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UserError(innermost(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Leave out the checkpoint and the progress bar where the trainer's switches say so."""
+        options = self._get(self.config_init, "trainer", default={})
+        keys = self._parser(self.subcommand).callback_keys
+        off = {"checkpoint": "enable_checkpointing", "progress_bar": "enable_progress_bar"}
+        wanted = [key for key in keys if options.get(off[key]) is not False and not options.get("barebones")]
+        callbacks = [self._get(self.config_init, key) for key in wanted]
+        return self._instantiate_trainer({**options, **kwargs}, callbacks)
+
+    def after_instantiate_classes(self) -> None:
+        """Load the data and compare the checkpoint with the model, while nothing has been written."""
+        if isinstance(self.datamodule, InMemoryDataModule):
+            try:
+                self.datamodule.prepare_data()
+                self.datamodule.setup()
+            except (ValueError, OSError) as error:
+                raise UserError(innermost(error)) from error
+        if self.checkpoint is not None:
+            _compare(self.checkpoint, self.model.state_dict(), str(self._get(self.config, "ckpt_path")))
+        elif self.subcommand != "fit" and self._get(self.config, "ckpt_path") is None:
+            print(f"zo-lightning: note: {self.subcommand} without --ckpt_path sees untrained weights", file=sys.stderr)
+
+    def after_fit(self) -> None:
+        """Say what came out, and where to look at it."""
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run or self.trainer.interrupted:
+            return
+        metrics = self.trainer.callback_metrics
+        if "val/acc" in metrics:
+            print(f"\nValidation accuracy {metrics['val/acc']:.4f}", end=" ")
+            print(f"after {self.trainer.global_step:,} steps, {self.model.forward_passes:,} forward passes of a batch.")
+        if self.trainer.log_dir is not None:
+            folder = Path(self.trainer.log_dir)
+            print(f"The run is in {folder}; to see its curves: tensorboard --logdir {folder.parent}")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run a command line; return its exit code: 0, 1 where a run failed, 2 where it was not begun."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
+    try:
+        CLI(args)
+    except UserError as error:
+        return _fail(error, 2)
+    except (TrainingDiverged, MisconfigurationException) as error:
+        return _fail(error, 1)
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"zo-lightning: error: {error}", file=sys.stderr)
+    return code
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless" not in record.getMessage()
+
+
+def _defaults() -> dict[str, Any]:
+    """The embedded default, by option; jsonargparse's own default files cannot replace the default of a callable."""
+    options: dict[str, Any] = {}
+    for section, values in yaml.safe_load(DEFAULT.read_text(encoding="utf-8")).items():
+        if isinstance(values, dict) and "class_path" not in values:
+            options |= {f"{section}.{name}": value for name, value in values.items()}
+        else:
+            options[section] = values
+    return options
+
+
+def _num_classes(data: LightningDataModule) -> int:
+    return getattr(data, "num_classes", 10)
+
+
+def _read_checkpoint(path: Any) -> dict[str, Any] | None:
+    """The checkpoint in a file, or None where none is named or Lightning finds it by itself (``last``, ``best``)."""
+    if path is None or str(path) in ("best", "last", "hpc"):
+        return None
+    if not Path(path).is_file():
+        raise UserError(f"ckpt_path '{path}' does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
+        raise UserError(f"ckpt_path '{path}' is damaged or not a checkpoint") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"ckpt_path '{path}' holds no Lightning checkpoint: it has no state_dict")
+    return checkpoint
+
+
+def _compare(checkpoint: dict[str, Any], state: dict[str, torch.Tensor], path: str) -> None:
+    """Raise UserError naming the first weight in which a checkpoint and a model differ."""
+    saved = checkpoint["state_dict"]
+    for name in [*state, *saved]:
+        if name not in saved or name not in state:
+            holder = "the checkpoint" if name in saved else "the model"
+            raise UserError(f"ckpt_path '{path}' is of another architecture: only {holder} has {name}")
+        if saved[name].shape != state[name].shape:
+            raise UserError(
+                f"ckpt_path '{path}' is of another architecture: {name} has shape {tuple(saved[name].shape)} there "
+                f"and {tuple(state[name].shape)} in the model"
+            )

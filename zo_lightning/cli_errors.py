@@ -1,0 +1,112 @@
+"""What a user reads when the command line or a configuration is wrong."""
+
+import inspect
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+import torch
+from jsonargparse import ArgumentParser
+
+from zo_lightning import nets
+from zo_lightning.data import CIFAR10, MNIST, Digits, FashionMNIST, InMemoryDataModule  # noqa: F401  (subclasses)
+from zo_lightning.directions import Directions
+from zo_lightning.estimators import GradientEstimator
+from zo_lightning.evaluation import Evaluation
+from zo_lightning.optim import AdaMM, SignSGD  # noqa: F401  (subclasses)
+from zo_lightning.stencils import Stencil
+
+BASES: dict[str, type] = {
+    "estimator": GradientEstimator,
+    "directions": Directions,
+    "stencil": Stencil,
+    "evaluation": Evaluation,
+    "optimizer": torch.optim.Optimizer,
+    "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
+    "data": InMemoryDataModule,
+}
+
+
+class UserError(Exception):
+    """A mistake in the command line, a configuration or the files it names: one or two lines, no traceback."""
+
+
+def explain_parsing(message: str, parser: ArgumentParser) -> str:
+    """Put a parser's message into one or two lines, with the names that would have been valid."""
+    key = _find(r'Parser key "([^"]+)"', message)
+    if name := _find(r"Expected a dot import path string: (\S+)", message):
+        return _unknown_class(key, name)
+    if name := _find(r"Problem with given class_path '([^']+)'", message):
+        return f"{key}: cannot import '{name}': {message.splitlines()[-1].strip()}"
+    if name := _find(r"^Option '([^']+)' is not accepted|NestedArg\(key='([^']+)'", message):
+        return f"unknown option '{name}'{_nearest(name, _component_options())}"
+    if name := _find(r"does not accept option '([^']+)'", message):
+        return _unknown_key(name, parser)
+    if name := _find(r"[Uu]nrecognized arguments: (.*)", message):
+        options = [option for option in parser._option_string_actions if option.startswith("--")]
+        return f"unknown argument {name}{_nearest(name.split()[0].split('=')[0], options)}"
+    if match := re.search(r"Expected an? <class '(\w+)'>\. Got value: (.*)", message):
+        return f"{key}: expected {match[1]}, got '{match[2]}'"
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    return re.sub(r'^Parser key "([^"]+)"', r"\1", " ".join(lines[:2]))
+
+
+def innermost(error: BaseException) -> str:
+    """The message of a refused value, without the layers that a parser has put around it."""
+    reasons = re.findall(r"^\s*- (?!Expected)(.*)$", str(error), re.MULTILINE)
+    return reasons[0] if reasons else str(error)
+
+
+def _unknown_class(key: str, name: str) -> str:
+    kind = key.rpartition(".")[2]
+    names = _class_names(kind)
+    listed = f"; there are {', '.join(names)}" if len(names) <= 24 else ""
+    also = "" if kind in ("estimator", "directions", "stencil", "evaluation") else ", or give a dotted import path"
+    return f"{key}: unknown class '{name}'{_nearest(name, names)}{listed}{also}"
+
+
+def _unknown_key(name: str, parser: ArgumentParser) -> str:
+    """Name the shortest beginning of a dotted key that does not exist, and the one that looks most like it."""
+    known = {key for one in _with_subparsers(parser) for action in one._actions for key in _beginnings(action.dest)}
+    unknown = next((key for key in _beginnings(name) if key not in known), name)
+    return f"unknown key '{unknown}'{_nearest(unknown, known)}"
+
+
+def _with_subparsers(parser: ArgumentParser) -> list[ArgumentParser]:
+    subparsers = [sub for action in parser._actions if isinstance(action.choices, dict) for sub in action.choices.values()]
+    return [parser, *subparsers]
+
+
+def _beginnings(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[: length + 1]) for length in range(len(parts))]
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    by_lower = {candidate.lower(): candidate for candidate in names}
+    nearest = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f" (did you mean {by_lower[nearest[0]]}?)" if nearest else ""
+
+
+def _class_names(kind: str) -> list[str]:
+    classes = [nets.ScalableCNN, nets.SmallCNN] if kind == "net" else _subclasses(BASES[kind]) if kind in BASES else []
+    return sorted({cls.__name__ for cls in classes})
+
+
+def _subclasses(base: type) -> list[type]:
+    public = [cls for cls in base.__subclasses__() if not cls.__name__.startswith("_")]
+    return [cls for cls in public if not inspect.isabstract(cls)] + [sub for cls in public for sub in _subclasses(cls)]
+
+
+def _component_options() -> set[str]:
+    classes = [cls for base in (*BASES.values(), torch.nn.Module) for cls in _subclasses(base)]
+    return {name for cls in classes if _is_ours(cls) for name in inspect.signature(cls).parameters}
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith(("zo_lightning.", "torch.optim."))
+
+
+def _find(pattern: str, message: str) -> str:
+    match = re.search(pattern, message, re.MULTILINE)
+    return next(group for group in match.groups() if group) if match else ""
