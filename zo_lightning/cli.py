@@ -44,7 +44,11 @@ class CLI(LightningCLI):
             seed_everything_default=42,
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
-            parser_kwargs={"description": "Train by forward passes or by backpropagation.", **environment, **by_subcommand},
+            parser_kwargs={
+                "description": "Train by forward passes or by backpropagation.",
+                **environment,
+                **by_subcommand,
+            },
             args=args,
         )
 
@@ -93,7 +97,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say what came out, and where to look at it."""
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run or self.trainer.interrupted:
+        if not self.trainer.is_global_zero or getattr(self.trainer, "fast_dev_run", False) or self.trainer.interrupted:
             return
         metrics = self.trainer.callback_metrics
         if "val/acc" in metrics:

@@ -73,7 +73,9 @@ def _unknown_key(name: str, parser: ArgumentParser) -> str:
 
 
 def _with_subparsers(parser: ArgumentParser) -> list[ArgumentParser]:
-    subparsers = [sub for action in parser._actions if isinstance(action.choices, dict) for sub in action.choices.values()]
+    subparsers = [
+        sub for action in parser._actions if isinstance(action.choices, dict) for sub in action.choices.values()
+    ]
     return [parser, *subparsers]
 
 

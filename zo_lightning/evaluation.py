@@ -92,16 +92,13 @@ class _Exact:
     """Moves the weights along one direction, each time from a saved copy."""
 
     def __init__(self, params: Sequence[Tensor], saved: list[Tensor], u: list[Tensor], mu: float) -> None:
-        self.params, self.saved, self.u, self.mu = params, saved, u, mu
+        self.params, self.saved, self.u, self.mu = list(params), saved, u, mu
 
     @torch.no_grad()
     def to(self, offset: float) -> None:
-        if offset == 0.0:
-            for p, origin in zip(self.params, self.saved, strict=True):
-                p.copy_(origin)
-            return
-        for p, origin, u in zip(self.params, self.saved, self.u, strict=True):
-            torch.add(origin, u, alpha=offset * self.mu, out=p)
+        torch._foreach_copy_(self.params, self.saved)
+        if offset != 0.0:
+            torch._foreach_add_(self.params, self.u, alpha=offset * self.mu)
 
 
 class _Replayed:

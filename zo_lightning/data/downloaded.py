@@ -32,7 +32,12 @@ class DownloadedDataModule(InMemoryDataModule):
     """The data set's name, as torchvision has it."""
 
     def __init__(
-        self, batch_size: int = 128, val_size: int = 5000, seed: int | None = None, root: str = "data", download: bool = True
+        self,
+        batch_size: int = 128,
+        val_size: int = 5000,
+        seed: int | None = None,
+        root: str = "data",
+        download: bool = True,
     ) -> None:
         super().__init__(batch_size, val_size, seed)
         self.root = root

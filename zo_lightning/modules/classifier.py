@@ -71,8 +71,10 @@ class AutomaticClassifier(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the epoch's mean loss."""
-        self._loss_sum += outputs["loss"].detach() * len(batch[1])
-        self._examples += len(batch[1])
+        loss = outputs["loss"].detach()
+        if loss.isfinite():  # a skipped step keeps the loss for which it was skipped
+            self._loss_sum += loss * len(batch[1])
+            self._examples += len(batch[1])
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss."""

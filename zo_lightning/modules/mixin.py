@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -165,7 +166,7 @@ class EstimatedGradient(_Module):
         self.skipped_steps = saved.get("skipped_steps", 0)
         self._skipped_in_a_row = saved.get("skipped_in_a_row", 0)
 
-    @property
+    @cached_property
     def _step_arity(self) -> int:
         """How many of (batch, batch_idx) the underlying ``training_step`` takes."""
         parameters = inspect.signature(super().training_step).parameters.values()
