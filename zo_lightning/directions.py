@@ -6,7 +6,7 @@ distribution, and no formula outside this file mentions the dimension ``d``.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,21 +96,25 @@ class Sphere(Gaussian):
 
     def stream(self, params: Sequence[Tensor], seed: int, step: int, index: int) -> Iterator[Tensor]:
         """Draw twice, for the norm and for the values: the price of holding one tensor at a time."""
-        scale = self._scale(params, super().stream(params, seed, step, index))
+        scale = self._scale(params, [_norm([z]) for z in super().stream(params, seed, step, index)])
         for z in super().stream(params, seed, step, index):
             yield z.mul_(scale)
 
     def sample(self, params: Sequence[Tensor], seed: int, step: int, index: int) -> list[Tensor]:
         """Draw once and normalise in place."""
         z = list(super().stream(params, seed, step, index))
-        torch._foreach_mul_(z, self._scale(params, z))
-        return z
+        scale = self._scale(params, [_norm(z)])
+        return [part.mul_(scale) for part in z]
 
     @staticmethod
-    def _scale(params: Sequence[Tensor], z: Iterable[Tensor]) -> float:
+    def _scale(params: Sequence[Tensor], norms: Sequence[Tensor]) -> float:
         d = sum(p.numel() for p in params)
-        norm = math.hypot(*(float(torch.linalg.vector_norm(part.float())) for part in z))
-        return math.sqrt(d) / norm
+        return math.sqrt(d) / float(torch.linalg.vector_norm(torch.cat(norms)))
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of each tensor, in float32."""
+    return torch.stack(torch._foreach_norm([t.float() for t in tensors])).cpu()
 
 
 @dataclass(frozen=True)
