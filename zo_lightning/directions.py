@@ -114,7 +114,7 @@ class Sphere(Gaussian):
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of each tensor, in float32."""
-    return torch.stack(torch._foreach_norm([t.float() for t in tensors])).cpu()
+    return torch.stack(list(torch._foreach_norm([t.float() for t in tensors]))).cpu()
 
 
 @dataclass(frozen=True)
