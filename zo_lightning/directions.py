@@ -107,7 +107,7 @@ class Sphere(Gaussian):
         return [part.mul_(scale) for part in z]
 
     @staticmethod
-    def _scale(params: Sequence[Tensor], norms: Sequence[Tensor]) -> float:
+    def _scale(params: Sequence[Tensor], norms: list[Tensor]) -> float:
         d = sum(p.numel() for p in params)
         return math.sqrt(d) / float(torch.linalg.vector_norm(torch.cat(norms)))
 
