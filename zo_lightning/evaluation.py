@@ -93,11 +93,14 @@ class _Exact:
 
     def __init__(self, params: Sequence[Tensor], saved: list[Tensor], u: list[Tensor], mu: float) -> None:
         self.params, self.saved, self.u, self.mu = list(params), saved, u, mu
+        self.away = False
 
     @torch.no_grad()
     def to(self, offset: float) -> None:
-        torch._foreach_copy_(self.params, self.saved)
-        if offset != 0.0:
+        if self.away:
+            torch._foreach_copy_(self.params, self.saved)
+        self.away = offset != 0.0
+        if self.away:
             torch._foreach_add_(self.params, self.u, alpha=offset * self.mu)
 
 

@@ -20,13 +20,14 @@ def reference(
     return x
 
 
-def test_equals_its_reference() -> None:
+@pytest.mark.parametrize("foreach", [True, False, None])
+def test_equals_its_reference(foreach: bool | None) -> None:
     torch.manual_seed(0)
     x = [
         torch.randn(3, 2, dtype=torch.float64, requires_grad=True),
         torch.randn(4, dtype=torch.float64, requires_grad=True),
     ]
-    optimizer = AdaMM(x, lr=0.1, betas=(0.8, 0.95), eps=1e-3)
+    optimizer = AdaMM(x, lr=0.1, betas=(0.8, 0.95), eps=1e-3, foreach=foreach)
     start = torch.cat([p.detach().flatten() for p in x]).tolist()
     # Growing and then shrinking gradients: the running maximum matters in the second half.
     gradients = [torch.randn(10, dtype=torch.float64) * (1 + min(t, 20 - t)) for t in range(20)]
@@ -37,10 +38,11 @@ def test_equals_its_reference() -> None:
     assert torch.cat([p.detach().flatten() for p in x]).tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_weight_decay_is_decoupled() -> None:
+@pytest.mark.parametrize("foreach", [True, False])
+def test_weight_decay_is_decoupled(foreach: bool) -> None:
     p = torch.ones(1, requires_grad=True)
     p.grad = torch.zeros(1)
-    AdaMM([p], lr=0.1, weight_decay=0.5).step()
+    AdaMM([p], lr=0.1, weight_decay=0.5, foreach=foreach).step()
     assert p.item() == pytest.approx(0.95)
 
 

@@ -21,6 +21,8 @@ class AdaMM(torch.optim.Optimizer):
         betas: ``(β₁, β₂)``, each in [0, 1).
         eps: ≥ 0.
         weight_decay: ≥ 0, decoupled: ``x ← (1 − lr · weight_decay) x`` first (Loshchilov & Hutter 2019).
+        foreach: True updates by horizontally fused operations, on every device; False by PyTorch's fused kernel of
+            AdamW, which goes through memory once. None takes the kernel on the CPU and on CUDA.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -33,6 +35,7 @@ class AdaMM(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        foreach: bool | None = None,
     ) -> None:
         check_lr(lr)
         for index, beta in enumerate(betas):
@@ -41,7 +44,8 @@ class AdaMM(torch.optim.Optimizer):
             raise ValueError(f"eps must be at least 0, got {eps}")
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "foreach": foreach}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -51,27 +55,58 @@ class AdaMM(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._update(group)
+            for x in self._alike(group):
+                g = [p.grad for p in x if p.grad is not None]
+                m, v, v_hat = ([self.state[p][name] for p in x] for name in ("m", "v", "v_hat"))
+                foreach = group["foreach"]
+                if foreach is None:
+                    foreach = x[0].device.type not in ("cpu", "cuda")
+                (_foreach if foreach else _fused)(x, g, m, v, v_hat, group)
         return loss
 
-    def _update(self, group: dict[str, Any]) -> None:
-        x = [p for p in group["params"] if p.grad is not None]
-        if not x:
-            return
-        g = [p.grad for p in x]
-        for p in x:
-            if not self.state[p]:
-                self.state[p] = {name: torch.zeros_like(p) for name in ("m", "v", "v_hat")}
-        m, v, v_hat = ([self.state[p][name] for p in x] for name in ("m", "v", "v_hat"))
-        beta1, beta2 = group["betas"]
-        lr = float(group["lr"])
+    def _alike(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """The weights of a group that have a gradient, apart by device and dtype; new ones get their state."""
+        alike: dict[Any, list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                alike.setdefault((p.device, p.dtype), []).append(p)
+                if not self.state[p]:
+                    self.state[p] = {name: torch.zeros_like(p) for name in ("m", "v", "v_hat")}
+        return list(alike.values())
 
-        torch._foreach_lerp_(m, g, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - beta2)
-        torch._foreach_maximum_(v_hat, v)
-        denominator = torch._foreach_sqrt(v_hat)
-        torch._foreach_add_(denominator, group["eps"])
-        if group["weight_decay"]:
-            torch._foreach_mul_(x, 1 - lr * group["weight_decay"])
-        torch._foreach_addcdiv_(x, m, denominator, -lr)
+
+Tensors = list[Tensor]
+
+
+def _foreach(x: Tensors, g: Tensors, m: Tensors, v: Tensors, v_hat: Tensors, group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    lr = float(group["lr"])
+    torch._foreach_lerp_(m, g, 1 - beta1)
+    torch._foreach_mul_(v, beta2)
+    torch._foreach_addcmul_(v, g, g, 1 - beta2)
+    torch._foreach_maximum_(v_hat, v)
+    denominator = torch._foreach_sqrt(v_hat)
+    torch._foreach_add_(denominator, group["eps"])
+    torch._foreach_mul_(x, 1 - lr * group["weight_decay"])
+    torch._foreach_addcdiv_(x, m, denominator, -lr)
+
+
+def _fused(x: Tensors, g: Tensors, m: Tensors, v: Tensors, v_hat: Tensors, group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    # AdamW with a running maximum, at a step so late that its bias corrections 1 − βᵗ are exactly 1.
+    late = [torch.full((), torch.inf, device=x[0].device)] * len(x)
+    torch._fused_adamw_(
+        x,
+        g,
+        m,
+        v,
+        v_hat,
+        late,
+        lr=float(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=True,
+        maximize=False,
+    )
