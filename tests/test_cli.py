@@ -1,170 +1,304 @@
+"""The command line: what it runs, what it writes, and what a user reads when something is wrong."""
+
+import configparser
+import os
 import re
+import shlex
 import subprocess
 import sys
-from configparser import ConfigParser
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 
+from tests.data.idx_files import idx_bytes, write_mnist
+from zo_lightning import ScalableCNN
 from zo_lightning.__main__ import main
 
-ROOT = Path(__file__).parent.parent
-SHORT = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3", "--trainer.check_val_every_n_epoch", "1"]
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
+SHORT = f"--trainer.limit_train_batches 2 --trainer.max_epochs 1 --trainer.check_val_every_n_epoch 1 {QUIET}"
+RUN = Path("lightning_logs", "version_0")
+LAST = f"--ckpt_path {RUN / 'checkpoints' / 'last.ckpt'}"
+CONFIG = f"-c {RUN / 'config.yaml'}"
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write into the test's own folder; LightningCLI warns of a command line that is not the one it was given."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["zo-lightning"])  # LightningCLI warns about extra words of pytest's
+    monkeypatch.setattr(sys, "argv", ["zo-lightning"])
 
 
-def printed_config(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *words, "--print_config"])
-    assert stop.value.code in (0, None)
-    return capsys.readouterr().out
+def cli(words: str) -> int:
+    try:
+        return main(shlex.split(words))
+    except SystemExit as end:  # --help and --print_config
+        return int(end.code or 0)
 
 
-class NaNNet(nn.Module):
-    """Its loss is always NaN."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(10))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.weight.expand(len(images), 10) * torch.nan
+def printed_config(capsys: pytest.CaptureFixture[str], words: str) -> dict[str, Any]:
+    assert cli(f"fit {words} --print_config") == 0
+    return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_the_default_from_fit_to_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", *SHORT, "--trainer.log_every_n_steps", "1"]) == 0
-    out = capsys.readouterr().out
-    assert re.search(r"Validation accuracy 0\.\d+ after 3 steps, 24 forward passes", out)
-    assert "tensorboard --logdir" in out
-    run = tmp_path / "lightning_logs" / "version_0"
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    events = EventAccumulator(str(run))
-    events.Reload()
-    tags = {"train/loss", "train/acc", "train/loss_epoch", "val/loss", "val/acc", "lr", "mu"}
-    assert tags | {"budget/forward_passes", "skipped_steps"} <= set(events.Tags()["scalars"])
-    same = ["-c", str(run / "config.yaml"), "--ckpt_path", str(run / "checkpoints" / "last.ckpt")]
-    assert main(["test", *same]) == 0
-    assert "test/acc" in capsys.readouterr().out
-    assert main(["validate", *same]) == 0
-    assert main(["predict", *same]) == 0
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
-def test_short_names_and_overlays(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = "--model.estimator ZerothOrder --model.estimator.samples 16 --model.estimator.directions Rademacher"
-    config = printed_config(capsys, *words.split(), *["--model.optimizer", "SignSGD", "--model.optimizer.lr", "0.5"])
-    for shown in ("zo_lightning.Rademacher", "samples: 16", "zo_lightning.SignSGD", "lr: 0.5"):
-        assert shown in config
-    for name, samples in (("a", 3), ("b", 5)):
-        Path(f"{name}.yaml").write_text(f"model:\n  estimator:\n    init_args:\n      samples: {samples}\n")
-    assert "samples: 5" in printed_config(capsys, "-c", "a.yaml", "-c", "b.yaml")
-    assert "samples: 3" in printed_config(capsys, "-c", "b.yaml", "-c", "a.yaml")
-    assert "zo_lightning.Backprop" in printed_config(capsys, "--model.estimator", "Backprop")
+class TestRuns:
+    """One run of the default, and what can be done with it afterwards."""
 
+    @pytest.fixture(scope="class")
+    def trained(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+        folder = tmp_path_factory.mktemp("trained")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["zo-lightning"])
+            assert cli(f"fit {SHORT} --trainer.log_every_n_steps 1") == 0
+            yield folder
 
-def test_print_config_round_trips(capsys: pytest.CaptureFixture[str]) -> None:
-    first = printed_config(capsys, "--model.estimator.samples", "7")
-    Path("c.yaml").write_text(first)
-    assert printed_config(capsys, "-c", "c.yaml") == first
+    def test_fit_says_what_came_out_and_where(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli(f"fit {SHORT}") == 0
+        printed = capsys.readouterr().out
+        # 2 steps of 4 directions with 2 losses each
+        assert re.search(r"^Validation accuracy 0\.\d{4} after 2 steps, 16 forward passes of a batch\.$", printed, re.M)
+        assert f"The run is in {tmp_path / RUN};" in printed
+        assert f"tensorboard --logdir {tmp_path / RUN.parent}\n" in printed
 
+    def test_fit_writes_configuration_checkpoints_and_curves(self, trained: Path) -> None:
+        assert [path.name for path in trained.iterdir()] == ["lightning_logs"]
+        assert yaml.safe_load((trained / RUN / "config.yaml").read_text())["trainer"]["max_epochs"] == 1
+        assert {path.name for path in (trained / RUN / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+        tags = set(EventAccumulator(str(trained / RUN)).Reload().Tags()["scalars"])
+        assert {"train/loss", "train/acc", "train/loss_epoch", "val/loss", "val/acc"} <= tags
+        assert {"lr", "mu", "budget/forward_passes", "skipped_steps"} <= tags
 
-def test_environment_variables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ZO_LIGHTNING_FIT__TRAINER__MAX_EPOCHS", "17")
-    assert "max_epochs: 17" in printed_config(capsys)
-
-
-def test_the_seed_decides_everything(tmp_path: Path) -> None:
-    weights = []
-    for run, seed in enumerate((1, 1, 2)):
-        assert main(["fit", *SHORT, "--seed_everything", str(seed)]) == 0
-        checkpoint = torch.load(f"lightning_logs/version_{run}/checkpoints/last.ckpt", weights_only=True)
-        weights.append(torch.cat([value.flatten() for value in checkpoint["state_dict"].values()]))
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    setup = ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"zo-lightning {setup['metadata']['version']}\n"
-
-
-@pytest.mark.parametrize(
-    ("statement", "given", "absent"),
-    [
-        ("import zo_lightning.__main__ as m; m.main(['--version'])", "", {"torch", "pytorch_lightning"}),
-        ("import zo_lightning.cli", "import pytorch_lightning.cli", {"sklearn", "matplotlib", "torchvision"}),
-    ],
-)
-def test_what_is_not_imported(statement: str, given: str, absent: set[str]) -> None:
-    """Nothing heavy beyond what Lightning itself has imported."""
-    check = (
-        f"{given}\nimport sys\nold = set(sys.modules)\n{statement}\nsys.exit(bool((set(sys.modules) - old) & {absent}))"
+    @pytest.mark.parametrize(
+        "words", [f"{CONFIG} {LAST}", f"{LAST} {CONFIG}"], ids=["config-first", "checkpoint-first"]
     )
-    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
+    @pytest.mark.parametrize(("subcommand", "metric"), [("validate", "val/acc"), ("test", "test/acc"), ("predict", "")])
+    def test_a_run_is_evaluated_from_its_files(
+        self,
+        trained: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        subcommand: str,
+        metric: str,
+        words: str,
+    ) -> None:
+        monkeypatch.chdir(trained)
+        assert cli(f"{subcommand} {words} {QUIET} --trainer.logger false") == 0
+        printed = capsys.readouterr()
+        assert metric in printed.out
+        assert "untrained" not in printed.err
+
+    @pytest.mark.parametrize(
+        "words", [f"{CONFIG} {LAST}", f"{LAST} {CONFIG}"], ids=["config-first", "checkpoint-first"]
+    )
+    def test_a_run_is_resumed(
+        self, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
+    ) -> None:
+        monkeypatch.chdir(trained)
+        off = "--trainer.logger false --trainer.enable_checkpointing false"
+        assert cli(f"fit {words} --trainer.max_epochs 2 {off}") == 0
+        # 2 steps of 8 forward passes before, and 2 now; from the beginning it would be the same, without the line.
+        assert "after 4 steps, 32 forward passes" in capsys.readouterr().out
+        assert cli(f"fit {words} --trainer.max_epochs 1 {off}") == 0  # nothing is left to be done
+        assert "Validation accuracy" not in capsys.readouterr().out
+
+    def test_evaluating_without_a_checkpoint_is_remarked(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli(f"test {QUIET} --trainer.logger false") == 0
+        assert "zo-lightning: note: test without --ckpt_path sees untrained weights\n" in capsys.readouterr().err
+
+    def test_backprop_over_the_default_makes_no_noise(
+        self, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+    ) -> None:
+        words = f"--model.estimator Backprop {SHORT} --trainer.log_every_n_steps 1"
+        assert printed_config(capsys, words)["model"]["estimator"]["class_path"] == "zo_lightning.Backprop"
+        assert [str(warning.message) for warning in recwarn] == []
+        assert cli(f"fit {words}") == 0
+        printed = capsys.readouterr()
+        assert "after 2 steps, 6 forward passes" in printed.out  # backpropagation counts for three
+        assert "warning" not in printed.err.lower() and "discard" not in printed.err.lower()
+
+    def test_diverged_training_ends_with_a_message_and_keeps_its_files(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = "--model.optimizer torch.optim.SGD --model.optimizer.lr 1e30 --trainer.check_val_every_n_epoch 1"
+        assert cli(f"fit {words} {QUIET}") == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert re.match(r"zo-lightning: error: the loss is nan for 20 steps in a row, .*smaller learning rate", error)
+        for name in ("config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+            assert (tmp_path / RUN / name).is_file()
 
 
-BAD: dict[str, tuple[str, str]] = {
-    "mu below 0": ("--model.estimator.stencil.mu -1", r"mu must be a positive finite number .* got -1\.0"),
-    "mu not a number": ("--model.estimator.stencil.mu .nan", "mu must be a positive finite number .* got nan"),
-    "no samples": ("--model.estimator.samples 0", "samples must be at least 1, got 0"),
-    "samples in words": ("--model.estimator.samples two", "samples: expected int, got 'two'"),
-    "lr below 0": ("--model.optimizer.lr -1", "lr must be a finite number of at least 0, got -1.0"),
-    "lr of torch below 0": ("--model.optimizer SGD --model.optimizer.lr -1", "Invalid learning rate: -1.0"),
-    "betas": ("--model.optimizer.betas [1.0,0.9]", r"betas\[0\] must be in \[0, 1\), got 1.0"),
-    "estimator": ("--model.estimator Zeroth", "unknown class 'Zeroth' .did you mean ZerothOrder.*Backprop, Forward"),
-    "optimizer": ("--model.optimizer AdaM", "unknown class 'AdaM' .*AdaMM"),
-    "direction": ("--model.estimator.directions Spere", "unknown class 'Spere' .did you mean Sphere"),
-    "net": ("--model.net SmalCNN", "unknown class 'SmalCNN' .did you mean SmallCNN.*ScalableCNN"),
-    "data": ("--data MNST", "unknown class 'MNST' .did you mean MNIST.*Digits"),
-    "batch size": ("--data.batch_size 0", "batch_size=0 must be a whole number of at least 1"),
-    "validation size": ("--data.val_size 9999", "val_size=9999 must be below the number of training images, 1433"),
-    "option": ("--trainer.max_epochz 3", "unknown argument --trainer.max_epochz 3 .did you mean --trainer.max_epochs"),
-    "component's option": ("--model.estimator.sample 3", "unknown option 'sample' .did you mean samples"),
-    "key": ("-c key.yaml", "unknown key 'model.estimater' .did you mean model.estimator"),
-    "no such file": ("-c absent.yaml", "File does not exist: .*absent.yaml"),
-    "not YAML": ("-c broken.yaml", "Problems parsing config"),
-    "no data": ("--data MNIST --data.root absent --data.download false", "root 'absent' does not exist"),
-    "root is a file": ("--data MNIST --data.root key.yaml", "root 'key.yaml' is a file"),
-    "no checkpoint": ("--ckpt_path absent.ckpt", "ckpt_path 'absent.ckpt' does not exist"),
-    "not a checkpoint": ("--ckpt_path key.yaml", "ckpt_path 'key.yaml' is damaged or not a checkpoint"),
-    "another architecture": (
-        "--ckpt_path other.ckpt",
-        r"of another architecture: net.conv1.weight has shape \(1, 2\) there and \(3, 1, 5, 5\) in the model",
-    ),
-    "accelerator": ("--trainer.accelerator abacus", "abacus"),
+class TestConfiguration:
+    def test_short_names_and_options_of_what_they_name(self, capsys: pytest.CaptureFixture[str]) -> None:
+        estimator = "--model.estimator ZerothOrder --model.estimator.samples 16 --model.estimator.directions Rademacher"
+        optimizer = "--model.optimizer SignSGD --model.optimizer.lr 0.1"
+        model = printed_config(capsys, f"{estimator} {optimizer}")["model"]
+        assert model["estimator"]["class_path"] == "zo_lightning.ZerothOrder"
+        assert model["estimator"]["init_args"]["samples"] == 16
+        assert model["estimator"]["init_args"]["directions"]["class_path"] == "zo_lightning.Rademacher"
+        assert model["optimizer"]["class_path"] == "zo_lightning.SignSGD"
+        assert model["optimizer"]["init_args"]["lr"] == 0.1
+
+    def test_later_files_and_options_override_earlier_ones_key_by_key(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        texts = {
+            "first": "model: {estimator: {class_path: ZerothOrder, init_args: {samples: 8, seed: 1}}}",
+            "second": "{model: {estimator: {class_path: ZerothOrder, init_args: {samples: 16}}}, seed_everything: 3}",
+        }
+        for name, text in texts.items():
+            (tmp_path / f"{name}.yaml").write_text(text)
+        for words, samples in (
+            ("-c first.yaml -c second.yaml", 16),
+            ("-c second.yaml -c first.yaml", 8),
+            ("-c first.yaml -c second.yaml --model.estimator.samples 2", 2),
+        ):
+            config = printed_config(capsys, words)
+            arguments = config["model"]["estimator"]["init_args"]
+            assert (arguments["samples"], arguments["seed"], config["seed_everything"]) == (samples, 1, 3)
+            assert arguments["stencil"]["init_args"]["mu"] == 1e-3  # the embedded default lies below both
+
+    @pytest.mark.parametrize(
+        "words", ["", "--model.estimator Backprop --model.optimizer SignSGD --model.lr_scheduler null --data MNIST"]
+    )
+    def test_printed_configuration_gives_itself(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
+    ) -> None:
+        assert cli(f"fit {words} --print_config") == 0
+        text = capsys.readouterr().out
+        (tmp_path / "printed.yaml").write_text(text)
+        assert cli("fit -c printed.yaml --print_config") == 0
+        assert capsys.readouterr().out == text
+
+    def test_environment_variables_lie_below_options(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("ZO_LIGHTNING_FIT__TRAINER__MAX_EPOCHS", "7")
+        assert printed_config(capsys, "")["trainer"]["max_epochs"] == 7
+        assert printed_config(capsys, "--trainer.max_epochs 9")["trainer"]["max_epochs"] == 9
+
+    def test_help_lists_options_and_environment_variables(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli("fit --help") == 0
+        printed = capsys.readouterr().out
+        for option in ("--model.estimator ", "--model.optimizer ", "--model.net ", "--data ", "--trainer.max_epochs "):
+            assert option in printed
+        assert "ZO_LIGHTNING_FIT__TRAINER__MAX_EPOCHS" in printed
+        assert "num_classes" not in printed  # comes from the data
+
+
+class TestProcess:
+    """What only a process of its own can show."""
+
+    def test_version_imports_nothing_heavy(self) -> None:
+        setup = configparser.RawConfigParser()
+        setup.read(ROOT / "setup.cfg", encoding="utf-8")
+        code = """if True:
+            import runpy, sys
+            sys.argv = ["zo-lightning", "--version"]
+            try:
+                runpy.run_module("zo_lightning", run_name="__main__")
+            except SystemExit as end:
+                print(end.code, sorted({"torch", "pytorch_lightning"} & set(sys.modules)))
+        """
+        assert python("-c", code).stdout == f"zo-lightning {setup['metadata']['version']}\n0 []\n"
+
+    def test_command_line_leaves_slow_libraries_to_those_who_need_them(self) -> None:
+        code = "import sys, zo_lightning.cli; print(sorted({'sklearn', 'matplotlib'} & set(sys.modules)))"
+        assert python("-c", code).stdout == "[]\n"
+
+    def test_error_in_a_process_of_its_own(self, tmp_path: Path) -> None:
+        done = python("-m", "zo_lightning", "fit", "--model.estimator.samples", "0")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.splitlines()[-1] == "zo-lightning: error: samples must be at least 1, got 0"
+        assert len(done.stderr.splitlines()) <= 3
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def bad_files(tmp_path: Path) -> None:
+    """What the bad inputs name."""
+    configs = {
+        "unknown_key": "model:\n  estimtor: ZerothOrder\n",
+        "unknown_option": "model: {estimator: {class_path: ZerothOrder, init_args: {smaples: 3}}}\n",
+        "broken": "model: [1, {\n",
+        "prose": "this is no configuration\n",
+    }
+    for name, text in configs.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "file").touch()
+    for name in ("truncated", "labels"):
+        write_mnist(tmp_path / name / "MNIST" / "raw")
+    images = tmp_path / "truncated/MNIST/raw/train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-1])
+    (tmp_path / "labels/MNIST/raw/train-labels-idx1-ubyte").write_bytes(idx_bytes(torch.full((20,), 11)))
+    (tmp_path / "prose.ckpt").write_text("this is no checkpoint\n")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "bare.ckpt")
+    state = {f"net.{name}": value for name, value in ScalableCNN().state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "scalable.ckpt")
+
+
+BAD_INPUTS = {
+    # values out of range
+    "fit --model.estimator.stencil.mu 0": r"mu must be a positive finite number such as 1e-3, got 0\.0",
+    "fit --model.estimator.stencil.mu -1": r"mu must be a positive finite number such as 1e-3, got -1\.0",
+    "fit --model.estimator.stencil.mu .nan": "mu must be a positive finite number such as 1e-3, got nan",
+    "fit --model.estimator.samples 0": "samples must be at least 1, got 0",
+    "fit --model.estimator.samples two": "samples: expected int, got 'two'",
+    "fit --model.optimizer.lr -1": r"lr must be a finite number of at least 0, got -1\.0",
+    "fit --model.optimizer.lr zero": "lr: expected float, got 'zero'",
+    "fit --model.optimizer.betas [1.0,0.9]": r"betas\[0\] must be in \[0, 1\), got 1\.0",
+    "fit --data.batch_size 0": "batch_size=0 must be a whole number of at least 1",
+    "fit --data.val_size 5000": "val_size=5000 must be below the number of training images, 1433",
+    # names
+    "fit --model.estimator ZerothOrdr": r"'ZerothOrdr' \(did you mean ZerothOrder\?\); there are Backprop, .*",
+    "fit --model.optimizer Adm": r"unknown class 'Adm' \(did you mean Adam\?\); there are .*AdaMM.*SignSGD.*",
+    "fit --model.estimator.directions Spher": r"'Spher' \(did you mean Sphere\?\); there are .*Gaussian.*Rademacher.*",
+    "fit --model.net SmalCNN": r"'SmalCNN' \(did you mean SmallCNN\?\); there are ScalableCNN, SmallCNN.*",
+    "fit --data MNST": r"'MNST' \(did you mean MNIST\?\); there are CIFAR10, Digits, FashionMNIST, MNIST.*",
+    "fit --model.estimtor Backprop": r"unknown .*--model.estimtor.* \(did you mean --model.estimator\?\)",
+    "fit --model.estimator.smaples 3": r"unknown option 'smaples' \(did you mean samples\?\)",
+    "train": "invalid choice: 'train' .*'fit', 'validate', 'test', 'predict'.*",
+    "": r'expected "subcommand" to be one of \{fit,validate,test,predict\}, but it was not provided.*',
+    # configurations
+    "fit -c unknown_key.yaml": r"unknown key 'model.estimtor' \(did you mean model.estimator\?\)",
+    "fit -c unknown_option.yaml": r"unknown option 'smaples' \(did you mean samples\?\)",
+    "fit -c nowhere.yaml": "File does not exist: '.*nowhere.yaml'",
+    "fit -c broken.yaml": r".*broken\.yaml.*",  # of several files, which one?
+    "fit -c prose.yaml": r".*prose\.yaml.*",
+    # data
+    "fit --data MNIST --data.root nowhere --data.download false": "root 'nowhere' does not exist; .*download to true",
+    "fit --data MNIST --data.root file": "root 'file' is a file; MNIST needs a folder",
+    "fit --data MNIST --data.root truncated": "'truncated/MNIST/raw/train-images-idx3-ubyte' is truncated: .*",
+    "fit --data MNIST --data.root labels": "MNIST training set: label 11 is outside the classes 0 to 9",
+    # checkpoints
+    "test --ckpt_path nowhere.ckpt": "ckpt_path 'nowhere.ckpt' does not exist",
+    "test --ckpt_path prose.ckpt": "ckpt_path 'prose.ckpt' is damaged or not a checkpoint",
+    "test --ckpt_path bare.ckpt": "ckpt_path 'bare.ckpt' holds no Lightning checkpoint: it has no state_dict",
+    "test --ckpt_path scalable.ckpt": r"of another architecture: net.conv2.weight has shape \(3, 3, 3, 3\) there and .*",
+    "fit --ckpt_path scalable.ckpt": r"of another architecture: net.conv2.weight has shape \(3, 3, 3, 3\) there and .*",
 }
 
 
-@pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input(words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("key.yaml").write_text("model:\n  estimater:\n    class_path: ZerothOrder\n")
-    Path("broken.yaml").write_text("model: [\n")
-    torch.save({"state_dict": {"net.conv1.weight": torch.zeros(1, 2)}}, "other.ckpt")
-    before = sorted(tmp_path.rglob("*"))
-    assert main(["fit", *SHORT, *words.split()]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
-    assert lines[-1].startswith("zo-lightning: error: ")
-    assert len(lines) <= 2
-    assert re.search(message, lines[-1])
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_no_or_an_unknown_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in ([], ["fitt"]):
-        assert main(words) == 2
-        assert "zo-lightning: error: " in capsys.readouterr().err
-
-
-def test_a_run_that_diverges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "--model.net", f"{__name__}.NaNNet", "--trainer.max_epochs", "3"]) == 1
-    assert "the loss is nan for 20 steps in a row, at step 0: training stops" in capsys.readouterr().err
+@pytest.mark.usefixtures("bad_files")
+@pytest.mark.parametrize(("words", "message"), BAD_INPUTS.items(), ids=[words or "nothing" for words in BAD_INPUTS])
+def test_bad_input_is_one_clear_line_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    before = set(tmp_path.rglob("*"))
+    assert cli(words) == 2
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert re.fullmatch(f"zo-lightning: error: .*{message}.*", lines[-1])
+    assert len(lines) <= 3
+    assert "Traceback" not in printed.err and "usage:" not in printed.err
+    assert set(tmp_path.rglob("*")) == before

@@ -7,6 +7,7 @@ distribution, and no formula outside this file mentions the dimension ``d``.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
+_PIECE = 1 << 18
 
 
 def mix(*words: int) -> int:
@@ -70,10 +72,18 @@ class Directions(ABC):
         return torch.Generator("cpu" if self.draw_on == "cpu" else device).manual_seed(mix(*key))
 
     def _normal(self, shape: Sequence[int], like: Tensor, *key: int) -> Tensor:
-        generator = self._generator(like.device, *key)
-        return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32).to(
-            like.device
-        )
+        device = torch.device("cpu") if self.draw_on == "cpu" else like.device
+        numbers = torch.empty(tuple(shape), device=device, dtype=torch.float32)
+        # Drawing is serial in PyTorch and long tensors take long: their pieces have a stream each, so that all threads
+        # can draw, and the numbers do not depend on how many there are.
+        pieces = numbers.view(-1).split(_PIECE)
+        if len(pieces) == 1:
+            numbers.normal_(generator=self._generator(like.device, *key))
+        else:
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                draw = enumerate(pieces)
+                list(pool.map(lambda one: one[1].normal_(generator=self._generator(like.device, *key, one[0])), draw))
+        return numbers.to(like.device)
 
 
 @dataclass(frozen=True)

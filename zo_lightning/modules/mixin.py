@@ -248,15 +248,17 @@ class _TrainingStep(Objective):
         super().__init__(self._loss, module)
         self.training_step = training_step
         self.output: Any = None
-        self._asked = False
+        self._touched: list[Metric] | None = None  # by the first forward pass
 
     def _loss(self) -> Tensor:
-        if self._asked:
-            with _silent(self.module):
+        if self._touched is not None:
+            with _silent(self.module, self._touched):
                 output = self.training_step()
         else:
-            self._asked = True
+            metrics = [metric for metric in self.module.modules() if isinstance(metric, Metric)]
+            counts = [metric._update_count for metric in metrics]
             output = self.output = self.training_step()
+            self._touched = [m for m, count in zip(metrics, counts, strict=True) if m._update_count != count]
         return output["loss"] if isinstance(output, Mapping) else output
 
     def backpropagate(self, loss: Tensor) -> None:
@@ -272,9 +274,9 @@ def _no_log(*_: Any, **__: Any) -> None:
 
 
 @contextmanager
-def _silent(module: nn.Module) -> Iterator[None]:
-    """Let ``self.log`` do nothing, and torchmetrics forget what they see."""
-    metrics = [(metric, _metric_state(metric)) for metric in module.modules() if isinstance(metric, Metric)]
+def _silent(module: nn.Module, metrics: list[Metric]) -> Iterator[None]:
+    """Let ``self.log`` do nothing, and ``metrics`` forget what they see."""
+    states = [_metric_state(metric) for metric in metrics]
     attributes = dict(vars(module))
     vars(module).update(log=_no_log, log_dict=_no_log)
     try:
@@ -284,7 +286,7 @@ def _silent(module: nn.Module) -> Iterator[None]:
             del vars(module)[name]
             if name in attributes:
                 vars(module)[name] = attributes[name]
-        for metric, state in metrics:
+        for metric, state in zip(metrics, states, strict=True):
             vars(metric).update(state)
 
 
