@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zo_lightning.__main__ import main
-from zo_lightning.data import CIFAR10, MNIST, FashionMNIST
+from zo_lightning.data import CIFAR10, FashionMNIST
 from zo_lightning.data.downloaded import DownloadedDataModule
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

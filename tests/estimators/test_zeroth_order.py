@@ -1,4 +1,3 @@
-import math
 
 import pytest
 import torch
@@ -74,4 +73,3 @@ def test_bad_arguments(make: type[ZerothOrder]) -> None:
     frozen = nn.Linear(1, 1).requires_grad_(False)
     with pytest.raises(ValueError, match="Linear has no parameter with requires_grad=True"):
         make(seed=0).backward(lambda: torch.zeros(()), frozen, 0)
-    assert math.isfinite(1.0)
