@@ -33,6 +33,16 @@ def test_dtype_and_shape_follow_the_weights(u: Gaussian, dtype: torch.dtype) -> 
         assert (t.dtype, t.shape) == (dtype, p.shape)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("u", [Gaussian(), Sphere(), Rademacher(), Coordinate(), LowRank()])
+def test_given_memory_takes_the_same_numbers(u: Gaussian, dtype: torch.dtype) -> None:
+    params = [torch.zeros(3, 2, dtype=dtype), torch.zeros((), dtype=dtype)]
+    out = [torch.full_like(p, torch.nan) for p in params]
+    drawn = u.sample(params, 0, 0, 0, out=out)
+    assert all(a is b for a, b in zip(drawn, out, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(drawn, u.sample(params, 0, 0, 0), strict=True))
+
+
 def test_long_tensors_do_not_depend_on_the_number_of_threads() -> None:
     params, threads = [torch.zeros(300_000)], torch.get_num_threads()
     drawn = []

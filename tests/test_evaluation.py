@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +42,35 @@ def test_the_forward_difference_shares_its_centre() -> None:
 
     list(InPlace().slopes(objective, list(nn.Linear(1, 1).parameters()), Gaussian(), Forward(), 4, 0, 0))
     assert calls == 5
+
+
+def test_the_first_direction_takes_the_memory_of_the_gradient() -> None:
+    params = list(nn.Linear(3, 1).parameters())
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    (first, second) = (u for _, u in InPlace().slopes(lambda: 0.0, params, Gaussian(), Central(), 2, 0, 0))
+    for p, a, b in zip(params, first, second, strict=True):
+        assert p.grad is not None
+        assert a.data_ptr() == p.grad.data_ptr() != b.data_ptr()
+
+
+def test_kept_memory_follows_a_change_of_dtype() -> None:
+    net, evaluation = nn.Linear(3, 1), InPlace()
+    for dtype in (torch.float32, torch.float64):
+        net.to(dtype)
+        params = list(net.parameters())
+        origin = [p.detach().clone() for p in params]
+        list(evaluation.slopes(lambda: 0.0, params, Gaussian(), Central(), 1, 0, 0))
+        assert all(torch.equal(p, o) for p, o in zip(params, origin, strict=True))
+
+
+def test_kept_memory_is_neither_copied_nor_compared() -> None:
+    evaluation = InPlace()
+    list(evaluation.slopes(lambda: 0.0, list(nn.Linear(3, 1).parameters()), Gaussian(), Central(), 1, 0, 0))
+    for twin in (copy.deepcopy(evaluation), pickle.loads(pickle.dumps(evaluation))):
+        assert twin == evaluation == InPlace()
+        assert twin._copies is not evaluation._copies
+    assert repr(evaluation) == "InPlace(restore='exact')"
 
 
 def test_bad_restore() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import yaml
-from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from zo_lightning.cli_errors import UserError, explain_parsing, innermost
@@ -25,6 +25,25 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise what argparse would print."""
         raise UserError(explain_parsing(message, self)) from ex
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a configuration; of several, an error names the one."""
+        try:
+            return super().parse_path(cfg_path, *args, **kwargs)
+        except UserError as error:
+            raise UserError(f"{cfg_path}: {error}") from error
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration beside the run's curves, and nowhere where no logger makes such a folder."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save without ``ckpt_path``: it says where this run came from, not what it is."""
+        if trainer.logger is None:
+            return
+        self.config = self.config.clone()
+        self.config.pop("ckpt_path", None)
+        super().setup(trainer, pl_module, stage)
 
 
 class CLI(LightningCLI):
@@ -42,6 +61,7 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=42,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             parser_kwargs={
@@ -100,10 +120,11 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero or getattr(self.trainer, "fast_dev_run", False) or self.trainer.interrupted:
             return
         metrics = self.trainer.callback_metrics
-        if "val/acc" in metrics:
+        resumed_at = self.checkpoint.get("global_step", 0) if self.checkpoint else 0
+        if "val/acc" in metrics and self.trainer.global_step > resumed_at:
             print(f"\nValidation accuracy {metrics['val/acc']:.4f}", end=" ")
             print(f"after {self.trainer.global_step:,} steps, {self.model.forward_passes:,} forward passes of a batch.")
-        if self.trainer.log_dir is not None:
+        if self.trainer.logger is not None and self.trainer.log_dir is not None:
             folder = Path(self.trainer.log_dir)
             print(f"The run is in {folder}; to see its curves: tensorboard --logdir {folder.parent}")
 

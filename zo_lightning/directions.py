@@ -6,7 +6,7 @@ distribution, and no formula outside this file mentions the dimension ``d``.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -52,7 +52,6 @@ class Directions(ABC):
         if self.draw_on not in ("cpu", "device"):
             raise ValueError(f"draw_on must be 'cpu' or 'device', got {self.draw_on!r}")
 
-    @abstractmethod
     def stream(self, params: Sequence[Tensor], seed: int, step: int, index: int) -> Iterator[Tensor]:
         """Yield one direction a tensor at a time, in the order of ``params``, so that only one need be in memory.
 
@@ -62,38 +61,63 @@ class Directions(ABC):
             step: of the training, so that directions differ from step to step.
             index: of the direction among the ``samples`` of one step.
         """
+        places = (torch.empty_like(p, memory_format=torch.contiguous_format) for p in params)
+        return self._draw(places, _dimension(params), seed, step, index)
 
-    def sample(self, params: Sequence[Tensor], seed: int, step: int, index: int) -> list[Tensor]:
-        """Draw all tensors of one direction: the same numbers as ``stream``, bit for bit."""
-        return list(self.stream(params, seed, step, index))
+    def sample(
+        self, params: Sequence[Tensor], seed: int, step: int, index: int, out: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Draw all tensors of one direction at once: the same numbers as ``stream``, bit for bit.
+
+        Args:
+            params: as for ``stream``, like ``seed``, ``step`` and ``index``.
+            seed: of the run.
+            step: of the training.
+            index: of the direction.
+            out: contiguous tensors like ``params`` to write into and to return, in place of new ones.
+        """
+        return list(
+            self.stream(params, seed, step, index)
+            if out is None
+            else self._draw(out, _dimension(params), seed, step, index)
+        )
+
+    @abstractmethod
+    def _draw(self, places: Iterable[Tensor], d: int, seed: int, step: int, index: int) -> Iterator[Tensor]:
+        """Write one direction of ``d`` numbers into the tensors of ``places``, and yield each as soon as it is done."""
 
     def _generator(self, device: torch.device, *key: int) -> torch.Generator:
         # torch's CPU generator keeps 32 bits of its seed: two of many streams may coincide, at unrelated steps only.
         return torch.Generator("cpu" if self.draw_on == "cpu" else device).manual_seed(mix(*key))
 
-    def _normal(self, shape: Sequence[int], like: Tensor, *key: int) -> Tensor:
-        device = torch.device("cpu") if self.draw_on == "cpu" else like.device
-        numbers = torch.empty(tuple(shape), device=device, dtype=torch.float32)
+    def _normal(self, place: Tensor, *key: int) -> Tensor:
+        """Fill a tensor with standard normal numbers, drawn in float32 whatever its dtype."""
+        device = torch.device("cpu") if self.draw_on == "cpu" else place.device
+        direct = place.device == device and place.dtype == torch.float32
+        numbers = place if direct else torch.empty(place.shape, device=device)
         # Drawing is serial in PyTorch and long tensors take long: their pieces have a stream each, so that all threads
         # can draw, and the numbers do not depend on how many there are.
         pieces = numbers.view(-1).split(_PIECE)
         if len(pieces) == 1:
-            numbers.normal_(generator=self._generator(like.device, *key))
+            numbers.normal_(generator=self._generator(device, *key))
         else:
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
                 draw = enumerate(pieces)
-                list(pool.map(lambda one: one[1].normal_(generator=self._generator(like.device, *key, one[0])), draw))
-        return numbers.to(like.device)
+                list(pool.map(lambda one: one[1].normal_(generator=self._generator(device, *key, one[0])), draw))
+        return place if direct else place.copy_(numbers)
+
+
+def _dimension(params: Sequence[Tensor]) -> int:
+    return sum(p.numel() for p in params)
 
 
 @dataclass(frozen=True)
 class Gaussian(Directions):
     """Standard normal directions, ``u ~ N(0, I)`` (Nesterov & Spokoiny, *Random gradient-free minimization*, 2017)."""
 
-    def stream(self, params: Sequence[Tensor], seed: int, step: int, index: int) -> Iterator[Tensor]:
-        """Yield independent standard normal tensors."""
-        for position, p in enumerate(params):
-            yield self._normal(p.shape, p, seed, step, index, position).to(p.dtype)
+    def _draw(self, places: Iterable[Tensor], d: int, seed: int, step: int, index: int) -> Iterator[Tensor]:
+        for position, place in enumerate(places):
+            yield self._normal(place, seed, step, index, position)
 
 
 @dataclass(frozen=True)
@@ -110,16 +134,17 @@ class Sphere(Gaussian):
         for z in super().stream(params, seed, step, index):
             yield z.mul_(scale)
 
-    def sample(self, params: Sequence[Tensor], seed: int, step: int, index: int) -> list[Tensor]:
+    def sample(
+        self, params: Sequence[Tensor], seed: int, step: int, index: int, out: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
         """Draw once and normalise in place."""
-        z = list(super().stream(params, seed, step, index))
-        scale = self._scale(params, [_norm(z)])
-        return [part.mul_(scale) for part in z]
+        z = list(super().stream(params, seed, step, index) if out is None else super()._draw(out, 0, seed, step, index))
+        torch._foreach_mul_(z, self._scale(params, [_norm(z)]))
+        return z
 
     @staticmethod
     def _scale(params: Sequence[Tensor], norms: list[Tensor]) -> float:
-        d = sum(p.numel() for p in params)
-        return math.sqrt(d) / float(torch.linalg.vector_norm(torch.cat(norms)))
+        return math.sqrt(_dimension(params)) / float(torch.linalg.vector_norm(torch.cat(norms)))
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -131,31 +156,27 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 class Rademacher(Directions):
     """Random signs, ``uⱼ = ±1`` with equal probability (SPSA, Spall 1992): four times cheaper to draw than normals."""
 
-    def stream(self, params: Sequence[Tensor], seed: int, step: int, index: int) -> Iterator[Tensor]:
-        """Yield tensors of signs, one random bit each."""
-        for position, p in enumerate(params):
-            generator = self._generator(p.device, seed, step, index, position)
-            words = torch.empty(p.numel() // 64 + 1, dtype=torch.int64, device=generator.device)
+    def _draw(self, places: Iterable[Tensor], d: int, seed: int, step: int, index: int) -> Iterator[Tensor]:
+        for position, place in enumerate(places):
+            generator = self._generator(place.device, seed, step, index, position)
+            words = torch.empty(place.numel() // 64 + 1, dtype=torch.int64, device=generator.device)
             words.random_(-(1 << 63), None, generator=generator)
-            bits = np.unpackbits(words.cpu().numpy().view(np.uint8), count=p.numel())
-            yield torch.from_numpy(bits).to(p.device).to(p.dtype).mul_(2).sub_(1).view(p.shape)
+            bits = np.unpackbits(words.cpu().numpy().view(np.uint8), count=place.numel())
+            yield place.copy_(torch.from_numpy(bits).view(place.shape)).mul_(2).sub_(1)
 
 
 @dataclass(frozen=True)
 class Coordinate(Directions):
     """One weight at a time: ``u = √d eⱼ`` with ``j`` uniform over all weights (Lian et al. 2016)."""
 
-    def stream(self, params: Sequence[Tensor], seed: int, step: int, index: int) -> Iterator[Tensor]:
-        """Yield zeros, and √d in one place."""
-        d = sum(p.numel() for p in params)
-        generator = torch.Generator().manual_seed(mix(seed, step, index))
-        j = int(torch.randint(d, (), generator=generator))
-        for p in params:
-            u = torch.zeros_like(p, memory_format=torch.contiguous_format)
-            if 0 <= j < p.numel():
-                u.view(-1)[j] = math.sqrt(d)
-            j -= p.numel()
-            yield u
+    def _draw(self, places: Iterable[Tensor], d: int, seed: int, step: int, index: int) -> Iterator[Tensor]:
+        j = int(torch.randint(d, (), generator=torch.Generator().manual_seed(mix(seed, step, index))))
+        for place in places:
+            place.zero_()
+            if 0 <= j < place.numel():
+                place.view(-1)[j] = math.sqrt(d)
+            j -= place.numel()
+            yield place
 
 
 @dataclass(frozen=True)
@@ -179,13 +200,12 @@ class LowRank(Directions):
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
 
-    def stream(self, params: Sequence[Tensor], seed: int, step: int, index: int) -> Iterator[Tensor]:
-        """Yield the products of the factors."""
-        for position, p in enumerate(params):
+    def _draw(self, places: Iterable[Tensor], d: int, seed: int, step: int, index: int) -> Iterator[Tensor]:
+        for position, place in enumerate(places):
             key = (seed, step, index, position)
-            if p.ndim < 2:
-                yield self._normal(p.shape, p, *key).to(p.dtype)
+            if place.ndim < 2:
+                yield self._normal(place, *key)
                 continue
-            m, n = p.shape[0], p[0].numel()
-            factors = self._normal((m + n, self.rank), p, *key)
-            yield (factors[:m] @ factors[m:].T).div_(math.sqrt(self.rank)).view(p.shape).to(p.dtype)
+            m, n = place.shape[0], place[0].numel()
+            factors = self._normal(torch.empty(m + n, self.rank, device=place.device), *key)
+            yield place.copy_((factors[:m] @ factors[m:].T).div_(math.sqrt(self.rank)).view(place.shape))

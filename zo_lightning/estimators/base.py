@@ -65,15 +65,13 @@ def estimate(
 
     The tensors of a direction are used up. When a probe raises, ``.grad`` is cleared.
     """
-    for p in params:
-        p.grad = None
     total = 0.0
     try:
-        for loss, slope, direction in probes:
+        for index, (loss, slope, direction) in enumerate(probes):
             for p, u in zip(params, direction, strict=True):
-                if p.grad is None:
+                if index == 0:
                     p.grad = u.mul_(slope / samples)
-                else:
+                elif p.grad is not None:
                     p.grad.add_(u, alpha=slope / samples)
             total += loss
     except BaseException:
