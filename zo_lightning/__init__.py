@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere
-    from zo_lightning.estimators import Backprop, ForwardGradient, GradientEstimator, ZerothOrder
+    from zo_lightning.estimators import (
+        ActivationPerturbation,
+        Backprop,
+        ExampleDirections,
+        ForwardGradient,
+        GradientEstimator,
+        PerExample,
+        ZerothOrder,
+    )
     from zo_lightning.evaluation import Evaluation, InPlace
     from zo_lightning.modules import AutomaticClassifier, Classifier, EstimatedGradient, TrainingDiverged
     from zo_lightning.nets import ScalableCNN, SmallCNN
@@ -18,7 +26,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "directions": ("Coordinate", "Directions", "Gaussian", "LowRank", "Rademacher", "Sphere"),
-    "estimators": ("Backprop", "ForwardGradient", "GradientEstimator", "ZerothOrder"),
+    "estimators": (
+        "ActivationPerturbation",
+        "Backprop",
+        "ExampleDirections",
+        "ForwardGradient",
+        "GradientEstimator",
+        "PerExample",
+        "ZerothOrder",
+    ),
     "evaluation": ("Evaluation", "InPlace"),
     "modules": ("AutomaticClassifier", "Classifier", "EstimatedGradient", "TrainingDiverged"),
     "nets": ("ScalableCNN", "SmallCNN"),
@@ -29,6 +45,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ActivationPerturbation",
     "AdaMM",
     "AutomaticClassifier",
     "Backprop",
@@ -38,6 +55,7 @@ __all__ = [
     "Directions",
     "EstimatedGradient",
     "Evaluation",
+    "ExampleDirections",
     "Forward",
     "ForwardGradient",
     "Gaussian",
@@ -46,6 +64,7 @@ __all__ = [
     "LowRank",
     "NonFiniteLoss",
     "Objective",
+    "PerExample",
     "Rademacher",
     "ScalableCNN",
     "SignSGD",

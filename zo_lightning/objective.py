@@ -25,7 +25,7 @@ class Objective:
     off and autocast's cache of weight casts is empty, since either drowns a finite difference of small ``mu``.
 
     Args:
-        loss: returns a scalar loss at the module's present weights.
+        loss: returns the loss at the module's present weights, or the loss of each example, [B], whose mean it is.
         module: owns the weights and buffers.
         seed: of the random numbers that ``loss`` itself draws, such as dropout masks.
 
@@ -60,15 +60,37 @@ class Objective:
         with self.probe():
             return check_loss(self.loss())
 
+    def losses(self) -> Tensor:
+        """Ask for the loss of each example, [B], within a ``probe``; their mean is the loss.
+
+        Raises:
+            NonFiniteLoss: one is NaN or infinite.
+            ValueError: there is one loss for the whole batch.
+        """
+        losses = self.per_example()
+        if not isinstance(losses, Tensor) or losses.ndim != 1:
+            got = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                "this estimator needs the loss of each example, a tensor [B], as from reduction='none' "
+                f"(a LightningModule returns it as 'losses' beside 'loss'), got {got}"
+            )
+        losses = losses.detach()
+        check_loss(losses)
+        return losses
+
+    def per_example(self) -> Tensor:
+        """Run the closure for the losses of the examples."""
+        return self.loss()
+
     @contextmanager
-    def probe(self) -> Iterator[None]:
-        """Guard one forward pass, for estimators that call ``loss`` themselves; it counts as one."""
+    def probe(self, cost: int = 1) -> Iterator[None]:
+        """Guard one forward pass, for estimators that call ``loss`` themselves; it counts as ``cost``."""
         try:
             with torch.no_grad(), _seeded(self._generators, self.seed), _full_float32():
                 yield
         finally:
             self._after_probe()
-            self.forward_passes += 1
+            self.forward_passes += cost
 
     def differentiable(self) -> Tensor:
         """Ask for the loss as PyTorch would, with its graph and its side effects: for estimators that use autograd.
@@ -78,7 +100,7 @@ class Objective:
         """
         loss = self.loss()
         check_loss(loss)
-        return loss
+        return loss.mean() if loss.ndim == 1 else loss
 
     def backpropagate(self, loss: Tensor) -> None:
         """Add the gradient of ``loss`` to ``.grad`` of the weights."""
@@ -96,16 +118,16 @@ class Objective:
 
 
 def check_loss(loss: Tensor) -> float:
-    """The value of a scalar loss.
+    """The value of a loss: a tensor with one element, or the mean of one with a loss per example.
 
     Raises:
-        ValueError: it is not a tensor with one element.
+        ValueError: it is neither.
         NonFiniteLoss: it is NaN or infinite.
     """
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
+    if not isinstance(loss, Tensor) or (loss.numel() != 1 and loss.ndim != 1) or loss.numel() == 0:
         shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"the loss must be a tensor with one element, got {shape}")
-    value = float(loss.detach())
+        raise ValueError(f"the loss must be a tensor with one element, or with one per example, got {shape}")
+    value = float(loss.detach().mean())
     if not math.isfinite(value):
         raise NonFiniteLoss(value)
     return value

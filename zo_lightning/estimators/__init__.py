@@ -3,6 +3,15 @@
 from zo_lightning.estimators.backprop import Backprop
 from zo_lightning.estimators.base import GradientEstimator
 from zo_lightning.estimators.forward_gradient import ForwardGradient
+from zo_lightning.estimators.per_example import ActivationPerturbation, ExampleDirections, PerExample
 from zo_lightning.estimators.zeroth_order import ZerothOrder
 
-__all__ = ["Backprop", "ForwardGradient", "GradientEstimator", "ZerothOrder"]
+__all__ = [
+    "ActivationPerturbation",
+    "Backprop",
+    "ExampleDirections",
+    "ForwardGradient",
+    "GradientEstimator",
+    "PerExample",
+    "ZerothOrder",
+]

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,13 @@ class GradientEstimator(ABC):
             NonFiniteLoss: a loss came out NaN or infinite; ``.grad`` is then cleared.
             ValueError: the module has no weight that requires a gradient, or the loss is not a scalar.
         """
+
+    def state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """What the estimator has learned about a module, if it learns: saved with checkpoints, as plain containers."""
+        return {}
+
+    def load_state_dict(self, module: nn.Module, state: dict[str, Any]) -> None:
+        """Take up what ``state_dict`` gave, to continue a run exactly."""
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -58,16 +58,17 @@ class AutomaticClassifier(LightningModule):
         """The logits [B, num_classes] of images [B, C, H, W]."""
         return self.net(images)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean cross-entropy of a batch."""
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The mean cross-entropy of a batch, ``loss``, and those of its examples, ``losses`` [B]."""
         images, labels = batch
         logits = self(images)
-        loss = F.cross_entropy(logits, labels)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        loss = losses.mean()
         # A call of self.log costs as much as a small net's forward pass: only where Lightning passes it on.
         if logs_now(self):
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/acc", self.train_acc(logits, labels))
-        return loss
+        return {"loss": loss, "losses": losses.detach()}
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the epoch's mean loss."""

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -156,6 +157,7 @@ class EstimatedGradient(_Module):
             "forward_passes": self.forward_passes,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
+            "estimator": self.estimator.state_dict(self),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -165,6 +167,8 @@ class EstimatedGradient(_Module):
         self.forward_passes = saved.get("forward_passes", 0)
         self.skipped_steps = saved.get("skipped_steps", 0)
         self._skipped_in_a_row = saved.get("skipped_in_a_row", 0)
+        if saved.get("estimator"):
+            self.estimator.load_state_dict(self, saved["estimator"])
 
     @cached_property
     def _step_arity(self) -> int:
@@ -177,7 +181,9 @@ class EstimatedGradient(_Module):
         stencil = getattr(self.estimator, "stencil", None)
         if stencil is None or mu == stencil.mu:
             return self.estimator
-        return replace(self.estimator, stencil=replace(stencil, mu=mu))  # type: ignore[type-var]
+        present = copy(self.estimator)  # shallow: what the estimator has learned stays shared
+        object.__setattr__(present, "stencil", replace(stencil, mu=mu))
+        return present
 
     def _step(self) -> None:
         optimizer: Any = self.optimizers()
@@ -251,6 +257,14 @@ class _TrainingStep(Objective):
         self._touched: list[Metric] | None = None  # by the first forward pass
 
     def _loss(self) -> Tensor:
+        output = self._run()
+        return output["loss"] if isinstance(output, Mapping) else output
+
+    def per_example(self) -> Tensor:
+        output = self._run()
+        return output.get("losses", output["loss"]) if isinstance(output, Mapping) else output
+
+    def _run(self) -> Any:
         if self._touched is not None:
             with _silent(self.module, self._touched):
                 output = self.training_step()
@@ -259,7 +273,7 @@ class _TrainingStep(Objective):
             counts = [metric._update_count for metric in metrics]
             output = self.output = self.training_step()
             self._touched = [m for m, count in zip(metrics, counts, strict=True) if m._update_count != count]
-        return output["loss"] if isinstance(output, Mapping) else output
+        return output
 
     def backpropagate(self, loss: Tensor) -> None:
         self.module.manual_backward(loss)  # type: ignore[operator]
