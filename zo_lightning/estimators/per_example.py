@@ -194,7 +194,8 @@ class PerExample(GradientEstimator):
         slope = torch.stack(losses, 1) @ weights / self.stencil.mu
         uses = [_merge([watched.uses[key] for watched in passes]) for key in memory.spaces or {}]
         error = self._error(objective, module, memory, outputs) if memory.net is not None else None
-        self._accumulate(module, memory, noise, uses, slope, error, shared)
+        response = torch.stack(outputs, -1) @ weights / self.stencil.mu if error is not None else None
+        self._accumulate(module, memory, noise, uses, slope, error, shared, response)
         return torch.stack(losses).mean()
 
     def _error(self, objective: Objective, module: nn.Module, memory: "_Memory", outputs: list[Tensor]) -> Tensor:
@@ -223,6 +224,7 @@ class PerExample(GradientEstimator):
         slope: Tensor,
         error: Tensor | None,
         shared: "_Shared",
+        response: Tensor | None,
     ) -> None:
         examples = len(slope)
         predicted: dict[str, Tensor | None] = {}
@@ -265,7 +267,7 @@ class PerExample(GradientEstimator):
                     p.grad = grad.view_as(p) if p.grad is None else p.grad.add_(grad.view_as(p))
         shared.accumulate(float(residual.mean()) / self.samples)
         if error is not None and displacements:
-            memory.feedback.learn(error, residual, displacements, self.feedback)
+            memory.feedback.learn(displacements, response, self.feedback)
         if self.balance:
             memory.rebalance()
 
@@ -316,7 +318,7 @@ class _Memory:
         self.scales = {key: scale / largest for key, scale in raw.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        feedback = {k: getattr(self.feedback, k) for k in ("maps", "covariance", "batches")}
+        feedback = {"maps": self.feedback.maps}
         return {**{name: getattr(self, name) for name in self._SAVED}, "feedback": feedback}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
