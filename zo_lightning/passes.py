@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from zo_lightning.layers import RULES, BatchNormalization, Operation
+from zo_lightning.layers import COMPOSITES, RULES, BatchNormalization, Operation
 
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _MAX_POOL = {F.max_pool1d, F.max_pool2d, F.max_pool3d}
@@ -23,21 +23,22 @@ class Displacement(Protocol):
 
 @dataclass(eq=False)
 class Use:
-    """One use of trainable weights in a pass: the name of its first weight, ``:1`` and so on from the second use on.
+    """One use of trainable weights in a pass.
 
     Attributes:
-        key: its name.
+        key: the name of its first weight, with ``:1``, ``:2``, ... from the weight's second use on.
         operation: what used the weights.
         output: what the rest of the net saw, [B, ...].
-        delta: the displacement of the output, before it was multiplied by the pass's offset.
-        mask: 1 where the loss can depend on the output and 0 where a ReLU or a max-pooling hides it; None: no zeros.
+        visible: > 0 where the loss can depend on the output, and 0 where a ReLU or a max-pooling hides it; None:
+            everywhere.
+        follower: the batch normalisation by the batch's own statistics that alone sees the output, if one does.
     """
 
     key: str
     operation: Operation
     output: Tensor
-    delta: Tensor | None
-    mask: Tensor | None = None
+    visible: Tensor | None = None
+    follower: BatchNormalization | None = None
 
 
 @dataclass(eq=False)
@@ -48,8 +49,9 @@ class _Node:
     use: Use
     lift: Callable[[Tensor], Tensor]  # a mask of this tensor, as one of the use's output
     readers: int = 0
-    gate: Tensor | None = None  # what the reader lets through; None: everything
+    gate: Tensor | None = None  # what the reader lets through, as a mask of this tensor; None: everything
     child: "_Node | None" = None
+    normalized: BatchNormalization | None = None
 
 
 class WatchedPass(TorchFunctionMode):
@@ -91,7 +93,14 @@ class WatchedPass(TorchFunctionMode):
     ) -> Any:
         """Run one function of PyTorch, displaced if it uses weights."""
         kwargs = kwargs or {}
-        if (rule := RULES.get(func)) is not None and (key := self._key(args, kwargs)) is not None:
+        if func in COMPOSITES:
+            try:
+                with self:
+                    return COMPOSITES[func](*args, **kwargs)
+            except NotImplementedError:
+                pass
+        if (rule := RULES.get(func)) is not None and (name := self._weight(args, kwargs)) is not None:
+            key = self._key(name)
             try:
                 frozen = {"statistics": self.statistics.get(key)} if rule is BatchNormalization else {}
                 operation = rule(*args, **kwargs, **frozen)
@@ -114,31 +123,33 @@ class WatchedPass(TorchFunctionMode):
         return output
 
     def finish(self) -> None:
-        """After the pass, work out the masks and let go of its tensors."""
+        """After the pass, work out what is visible and let go of its tensors."""
         for node in self._roots:
             use, at = node.use, node
+            use.follower = node.normalized if node.readers == 1 else None
             while at is not None and at.readers == 1 and at.child is not None:
                 if at.gate is not None:
-                    use.mask = at.gate if use.mask is None else use.mask * at.gate
+                    gate = at.lift(at.gate)
+                    use.visible = gate if use.visible is None else use.visible * gate
                 at = at.child
         self._nodes, self._roots = {}, []
 
-    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """The name of a use: that of the first trainable weight among the arguments."""
-        name = next((self.names[id(t)] for t in (*args, *kwargs.values()) if id(t) in self.names), None)
-        if name is None:
-            return None
+    def _weight(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """The name of the first trainable weight among the arguments."""
+        return next((self.names[id(t)] for t in (*args, *kwargs.values()) if id(t) in self.names), None)
+
+    def _key(self, name: str) -> str:
         count = self._counts.get(name, 0)
         self._counts[name] = count + 1
         return f"{name}:{count}" if count else name
 
     def _displaced(self, key: str, operation: Operation, read: list[Tensor], original: Callable[[], Tensor]) -> Tensor:
         output = operation.output(original)
-        delta = self.displacement(key, operation, output)
-        if delta is not None and self.offset:
-            output = torch.add(output, delta, alpha=self.offset)
+        delta = self.displacement(key, operation, output) if self.offset else None
+        if delta is not None:
+            output.add_(delta, alpha=self.offset)
         self.events += 1
-        use = self.uses[key] = Use(key, operation, output, delta)
+        use = self.uses[key] = Use(key, operation, output)
         root = _Node(output, use, lambda mask: mask)
         self._roots.append(root)
         nodes = [root]
@@ -148,6 +159,7 @@ class WatchedPass(TorchFunctionMode):
             for node in self._nodes.get(id(operation.input), []):
                 node.readers += 1
                 node.child = _Node(output, node.use, node.lift)
+                node.normalized = operation if operation.couples else None
                 nodes.append(node.child)
         else:
             self._read(read, None)
@@ -161,7 +173,7 @@ class WatchedPass(TorchFunctionMode):
             for node in self._nodes.get(id(tensor), []):
                 node.readers += 1
                 if gated is not None:
-                    node.gate = node.lift((gated > 0).to(gated.dtype))
+                    node.gate = gated
                     node.child = _Node(gated, node.use, node.lift)
                     children.append(node.child)
             if gated is not None:
@@ -174,11 +186,11 @@ class WatchedPass(TorchFunctionMode):
             return flat.scatter_reduce_(-1, indices.flatten(-spatial), mask.flatten(-spatial), "amax").view_as(tensor)
 
         children = []
-        ones = unpool(torch.ones_like(output)) if id(tensor) in self._nodes else None
+        ones = torch.ones_like(output) if id(tensor) in self._nodes else None
         for node in self._nodes.get(id(tensor), []):
             assert ones is not None
             node.readers += 1
-            node.gate = node.lift(ones)
+            node.gate = unpool(ones)
             node.child = _Node(output, node.use, lambda mask, lift=node.lift: lift(unpool(mask)))
             children.append(node.child)
         self._nodes[id(output)] = children

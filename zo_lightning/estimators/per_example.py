@@ -1,59 +1,61 @@
 """Zeroth order with a direction for every example: one slope per example teaches what one slope per batch cannot."""
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.directions import Directions, Rademacher, mix
+from zo_lightning.directions import Rademacher, mix
 from zo_lightning.estimators.base import GradientEstimator, check_samples, resolve_seed, trainable
-from zo_lightning.feedback import Feedback
-from zo_lightning.layers import Normalization, Operation, count
+from zo_lightning.feedback import Feedback, Shrinkage
+from zo_lightning.layers import Affine, Noise, Operation, count, noise_sizes, weigh
 from zo_lightning.objective import Objective
+from zo_lightning.output import module_calls, output_of_the_net, replaced_output, watched_output
 from zo_lightning.passes import Use, WatchedPass
 from zo_lightning.stencils import Central, Stencil
 
 _log = logging.getLogger(__name__)
+_SIGNS = Rademacher()
 
 Space = Literal["auto", "activations", "weights"]
 _SPACES = ("auto", "activations", "weights")
-_LARGEST_ERROR = 128  # outputs of the net whose gradient is asked one by one
-_LARGEST_MAP = 1 << 26  # numbers in a feedback map
-_FALLBACK_SCALE = 0.1
+_LOSS_MU = 1e-2  # displaces the net's output, where the loss alone is asked
+_SHARED_SCALE = 0.1  # of weights without a rule, against outputs: these are of order 1, weights less
+_MEASURE_EVERY = 10  # steps between two measurements of the corrections, which cost a second collection
 
 
 @dataclass(frozen=True)
 class PerExample(GradientEstimator):
     """Every example of a batch carries its own noise through every layer, and learns from its own loss.
 
-    Example ``i`` sees each use ``l`` of weights displaced by ``μ δₗᵢ``, where ``δ = s ξ`` is noise on the output of
-    the layer (node perturbation: Dembo & Kailath 1990; Ren et al. 2023 for deep nets), or the change ``s ξ x`` that
-    noise ``ξ`` on this example's weights makes (as Flipout's, Wen et al. 2018, but independent). Its slope
+    Example ``i`` sees each use ``l`` of weights displaced by ``μ δₗᵢ``, where ``δ = s ξ`` with random signs ``ξ`` is noise
+    on the output of the layer (node perturbation, Dembo & Kailath 1990; for deep nets Ren et al. 2023), or the change
+    that noise ``s ξ`` on this example's weights makes (in the spirit of Flipout, Wen et al. 2018). Its slope
     ``cᵢ = (ℓᵢ⁺ − ℓᵢ⁻) / 2μ`` gives the gradient of its loss by the output of the layer, or by the weights,
 
-    ``ĝₗᵢ = hₗᵢ + λ (cᵢ − Σₖ <δₖᵢ, hₖᵢ>) ξₗᵢ / sₗ``,
+    ``ĝₗᵢ = hₗᵢ + λₗ (cᵢ − Σₖ <δₖᵢ, hₖᵢ>) ξₗᵢ / sₗ``,
 
     and the layer's own formula turns that into the gradient of the weights. ``h`` is a prediction of ``g`` from the
-    gradient of the loss by the *net's output* (``Feedback``): where it is good little is left for noise to find, and
-    with ``λ = 1`` the estimate is unbiased to O(μ²) however bad it is. Forward passes only; no autograd graph.
+    gradient of the loss by the *net's output* (``Feedback``): where it is good, little is left for noise to find. With
+    ``λ = 1`` the estimate is unbiased to O(μ²) however bad ``h`` is; the default chooses each layer's ``λ`` where the mean
+    squared error is smallest (``Shrinkage``). Forward passes only; no autograd graph.
 
-    The net's output gradient is measured by asking the loss alone again, with the output displaced one logit at a
-    time; no layer is run, so these are not forward passes and are not counted as such. The very first step runs one
-    forward pass more, to see how the net uses its weights.
+    The net's output gradient is measured by asking the loss alone again, with the output displaced one number at a
+    time; no layer is run, so these are not counted as forward passes. The first step runs one forward pass more, to see
+    how the net uses its weights. Of memory it takes noise as large as the net's outputs, and the maps of ``Feedback``.
 
-    Weights that something without a rule uses (rules: linear, convolutions, embedding, normalisations) get one
-    direction for the whole batch, as in ``ZerothOrder``, and are named in a log line. Examples are dimension 0 of
-    every layer's output. Batch normalisation in training mode couples the examples: a step's passes share the
-    statistics of its first, and how the weights act through these statistics is left out of the gradient.
+    Weights that something without a rule uses (rules: linear, convolutions, embedding, attention, normalisations) get one
+    direction for the whole batch, as in ``ZerothOrder``, and are named in a log line. Examples are dimension 0 of every
+    layer's output. Batch normalisation in training mode couples the examples, so that a loss depends on all their noise:
+    a step's passes share the statistics of its first, and how weights act through these statistics is left out of the
+    gradient, except for ... TODO
 
     Args:
         stencil: the finite difference. ``mu`` displaces outputs, which are of order 1, so it can be larger than on
@@ -63,10 +65,9 @@ class PerExample(GradientEstimator):
             perturbed dimensions, not counting outputs that a ReLU or a max-pooling hides.
         layers: exceptions to ``space``, by patterns of the names of weights, such as ``{"conv*": "weights"}``.
         feedback: rate ``ρ`` in [0, 2) at which ``h`` learns; 0 leaves it out.
-        correction: ``λ`` in [0, 1]; less than 1 trades variance for the bias of ``h``.
-        balance: adapt the scales to the measured gradients, ``sₗ² ∝ √dimₗ / ‖gₗ‖``, where the sum of the layers'
+        correction: ``λ`` in [0, 1] for all layers, or ``"auto"``.
+        balance: adapt the scales ``sₗ`` to the predicted gradients, ``sₗ² ∝ √dimₗ / ‖gₗ‖``, where the sum of the layers'
             variances is smallest; False: to the sizes of the layers only.
-        directions: the distribution of ``ξ``.
         seed: as in ``ZerothOrder``.
 
     Raises:
@@ -78,10 +79,9 @@ class PerExample(GradientEstimator):
     samples: int = 1
     space: Space = "auto"
     layers: Mapping[str, Space] = field(default_factory=dict)
-    feedback: float = 1.0
-    correction: float = 1.0
+    feedback: float = 0.3
+    correction: float | Literal["auto"] = "auto"
     balance: bool = True
-    directions: Directions = field(default_factory=Rademacher)
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -91,8 +91,8 @@ class PerExample(GradientEstimator):
                 raise ValueError(f"space must be one of {', '.join(_SPACES)}, got {space!r}")
         if not 0 <= self.feedback < 2:
             raise ValueError(f"feedback must be in [0, 2), got {self.feedback}")
-        if not 0 <= self.correction <= 1:
-            raise ValueError(f"correction must be in [0, 1], got {self.correction}")
+        if self.correction != "auto" and not (isinstance(self.correction, int | float) and 0 <= self.correction <= 1):
+            raise ValueError(f"correction must be 'auto' or in [0, 1], got {self.correction!r}")
         if self.correction == 0 and self.feedback == 0:
             raise ValueError("correction=0 with feedback=0 leaves no estimate: raise one of them")
         _ = self._memories  # made now, so that a shallow copy with another mu shares it
@@ -111,11 +111,13 @@ class PerExample(GradientEstimator):
         for p in params:
             p.grad = None
         try:
-            if memory.spaces is None:
+            if not memory.layers:
                 self._look(objective, module, memory)
             total = torch.zeros((), device=params[0].device)
             for index in range(self.samples):
-                total += self._sample(objective, module, memory, mix(seed, step, index))
+                total += self._sample(objective, module, memory, step, mix(seed, step, index))
+            if self.balance:
+                memory.rebalance()
         except BaseException:
             for p in params:
                 p.grad = None
@@ -136,140 +138,108 @@ class PerExample(GradientEstimator):
     def _look(self, objective: Objective, module: nn.Module, memory: "_Memory") -> None:
         """Run the net once, undisturbed, to see how it uses its weights and which module makes its output."""
         watched = WatchedPass(module, _nothing, 0.0, {})
-        with _calls(module, watched) as calls, objective.probe(), watched:
+        with module_calls(module, watched) as calls, objective.probe(), watched:
             losses = objective.losses()
         watched.finish()
-        alien = {k for k, use in watched.uses.items() if use.output.ndim < 2 or len(use.output) != len(losses)}
-        used = {_name(watched, w) for use in watched.uses.values() for w in use.operation.weights}
-        unseen = set(watched.names.values()) - used
-        memory.fallback = watched.opaque | unseen
-        memory.fallback |= {_name(watched, w) for k in alien for w in watched.uses[k].operation.weights}
-        if memory.fallback:
+        uses = {k: u for k, u in watched.uses.items() if u.output.ndim > 1 and len(u.output) == len(losses)}
+        used = {id(w) for use in uses.values() for w in use.operation.weights}
+        alien = {id(w) for k, use in watched.uses.items() if k not in uses for w in use.operation.weights}
+        memory.shared = watched.opaque | {n for i, n in watched.names.items() if i not in used or i in alien}
+        if memory.shared:
             _log.warning(
                 "%s: no rule covers the use of %s: one direction for the whole batch, as in ZerothOrder",
                 type(self).__name__,
-                ", ".join(sorted(memory.fallback)),
+                ", ".join(sorted(memory.shared)),
             )
-        memory.spaces = {}
-        for key, use in watched.uses.items():
-            names = {_name(watched, w) for w in use.operation.weights}
-            if key not in alien and not names <= memory.fallback:
-                memory.spaces[key], memory.dims[key] = self._space(key, use)
+        for key, use in uses.items():
+            if not {watched.names[id(w)] for w in use.operation.weights} <= memory.shared:
+                memory.layers[key] = self._layer(key, use)
         if self.feedback:
-            memory.net, memory.last = _output_of_the_net(calls, watched, losses)
+            memory.net, memory.last = output_of_the_net(calls, watched, len(losses))
             if memory.net is None:
                 _log.warning(
                     "%s: no module's output [B, C] leads to the loss alone: no feedback is learned", type(self).__name__
                 )
 
-    def _space(self, key: str, use: Use) -> tuple[str, float]:
-        """Where a use's noise goes, and its dimensions."""
+    def _layer(self, key: str, use: Use) -> "_Layer":
         in_weights = float(count(use.operation.weights))
-        in_activations = float(use.output[0].numel() if use.mask is None else use.mask.flatten(1).sum(1).mean())
+        visible = use.output[0].numel() if use.visible is None else use.visible.sign().flatten(1).sum(1).mean()
+        in_activations = max(float(visible), 1.0)
         chosen = next((space for pattern, space in self.layers.items() if fnmatchcase(key, pattern)), self.space)
         if chosen == "auto":
             chosen = "weights" if in_weights < in_activations else "activations"
-        if isinstance(use.operation, Normalization):
+        if isinstance(use.operation, Affine):
             chosen = "weights"
-        return chosen, in_weights if chosen == "weights" else max(in_activations, 1.0)
+        return _Layer(chosen == "weights", in_weights if chosen == "weights" else in_activations)
 
-    def _sample(self, objective: Objective, module: nn.Module, memory: "_Memory", seed: int) -> Tensor:
-        noise = _Noise(self.directions, seed, memory)
-        fallback = [p for name, p in module.named_parameters() if name in memory.fallback and p.requires_grad]
-        shared = _Shared(fallback, self.directions, seed)
+    def _sample(self, objective: Objective, module: nn.Module, memory: "_Memory", step: int, seed: int) -> Tensor:
+        """Add the estimate from one noise per example to ``.grad``, and learn from it; returns the loss."""
+        noise = _Noise(seed, memory)
+        shared = _SharedDirection(module, memory.shared, seed)
         statistics: dict[str, tuple[Tensor, Tensor]] = {}
         losses, passes, outputs = [], [], []
         try:
             for offset in self.stencil.offsets:
-                shared.walk(offset * self.stencil.mu)
+                shared.move_to(offset * self.stencil.mu)
                 watched = WatchedPass(module, noise, offset * self.stencil.mu, statistics)
-                with _output(module, memory.net) as output, objective.probe(), watched:
+                with watched_output(module, memory.net) as output, objective.probe(), watched:
                     losses.append(objective.losses())
                 watched.finish()
                 passes.append(watched)
                 outputs += output
         finally:
-            shared.walk(0.0)
-        weights = torch.tensor(self.stencil.weights, dtype=losses[0].dtype, device=losses[0].device)
-        slope = torch.stack(losses, 1) @ weights / self.stencil.mu
-        uses = [_merge([watched.uses[key] for watched in passes]) for key in memory.spaces or {}]
-        error = self._error(objective, module, memory, outputs) if memory.net is not None else None
-        response = torch.stack(outputs, -1) @ weights / self.stencil.mu if error is not None else None
-        self._accumulate(module, memory, noise, uses, slope, error, shared, response)
+            shared.move_to(0.0)
+        slope = self._difference(losses)
+        error = None
+        if memory.net is not None:
+            error = self._error(objective, module, memory.net, torch.stack(outputs).mean(0))
+        seen = [_Seen(key, layer, [one.uses[key] for one in passes], noise) for key, layer in memory.layers.items()]
+        for layer in seen:
+            if error is not None and layer.key == memory.last:
+                layer.h = error
+            else:
+                slope -= layer.predict(memory.feedback, error)
+        for layer in seen:
+            if layer.delta is not None and layer.h is not None and self._measures(step, len(slope)):
+                memory.shrinkage.measure(layer.key, *layer.halves(slope))
+            for p, grad in layer.gradients(slope * self._trust(memory, layer)):
+                if not shared.has(p):
+                    grad /= len(slope) * self.samples
+                    p.grad = grad if p.grad is None else p.grad.add_(grad)
+        shared.accumulate(float(slope.mean()) / self.samples)
+        if error is not None:
+            displaced = {one.key: one.delta for one in seen if one.delta is not None}
+            memory.feedback.learn(displaced, self._difference(outputs), self.feedback)
         return torch.stack(losses).mean()
 
-    def _error(self, objective: Objective, module: nn.Module, memory: "_Memory", outputs: list[Tensor]) -> Tensor:
-        """The gradient [B, C] of each example's loss by the net's output, between the outputs of the passes."""
-        net = module.get_submodule(memory.net or "")
-        centre = torch.stack(outputs).mean(0)
-        mu = 1e-2
-        error = torch.empty_like(centre)
-        with objective.probe(cost=0):
-            for c in range(centre.shape[1]):
-                sides = []
-                for sign in (mu, -mu):
-                    moved = centre.clone()
-                    moved[:, c] += sign
-                    with _replaced(net, moved):
-                        sides.append(objective.losses())
-                error[:, c] = (sides[0] - sides[1]) / (2 * mu)
-        return error
+    def _difference(self, values: list[Tensor]) -> Tensor:
+        """The stencil's difference quotient of tensors, in float32 at least."""
+        dtype = torch.promote_types(values[0].dtype, torch.float32)
+        weights = torch.tensor(self.stencil.weights, dtype=dtype, device=values[0].device)
+        return torch.stack(values, -1).to(dtype) @ weights / self.stencil.mu
 
-    def _accumulate(
-        self,
-        module: nn.Module,
-        memory: "_Memory",
-        noise: "_Noise",
-        uses: list[Use],
-        slope: Tensor,
-        error: Tensor | None,
-        shared: "_Shared",
-        response: Tensor | None,
-    ) -> None:
-        examples = len(slope)
-        predicted: dict[str, Tensor | None] = {}
-        residual = slope.clone()
-        displacements = {}
-        for use in uses:
-            if error is not None and use.key == memory.last:
-                predicted[use.key] = error
-                continue
-            assert use.delta is not None
-            masked = use.delta if use.mask is None else use.delta * use.mask
-            h = None if error is None else memory.feedback.predict(use.key, error, use.output, use.mask)
-            predicted[use.key] = h
-            if h is not None:
-                along = (masked * h).flatten(1).sum(1)
-                residual -= along
-                memory.measured(use.key, float(along.square().mean()) / noise.scales[use.key] ** 2)
-            if error is not None and use.output[0].numel() * error.shape[1] <= _LARGEST_MAP:
-                displacements[use.key] = masked
-        for use in uses:
-            h = predicted[use.key]
-            trust = self.correction if h is not None and error is not None else 1.0
-            weighted = residual * (trust / (examples * self.samples))
-            h = None if h is None else h / (examples * self.samples)
-            if use.key == memory.last and error is not None:
-                assert h is not None
-                grads = use.operation.collect(h)
-            elif noise.in_weights(use.key):
-                grads = [torch.einsum("b,b...->...", weighted / noise.scales[use.key], u) for u in noise.of[use.key]]
-                if h is not None:
-                    grads = [a + b for a, b in zip(grads, use.operation.collect(h), strict=True)]
-            else:
-                masked = displacements.get(use.key, use.delta)
-                assert masked is not None
-                by_example = (weighted / noise.scales[use.key] ** 2).view(-1, *[1] * (use.output.ndim - 1))
-                delta = masked * by_example if h is None else h.addcmul_(masked, by_example)
-                grads = use.operation.collect(delta)
-            for p, grad in zip(use.operation.weights, grads, strict=True):
-                if not shared.has(p):
-                    p.grad = grad.view_as(p) if p.grad is None else p.grad.add_(grad.view_as(p))
-        shared.accumulate(float(residual.mean()) / self.samples)
-        if error is not None and displacements:
-            memory.feedback.learn(displacements, response, self.feedback)
-        if self.balance:
-            memory.rebalance()
+    def _measures(self, step: int, examples: int) -> bool:
+        return self.correction == "auto" and step % _MEASURE_EVERY == 0 and examples > 1
+
+    def _trust(self, memory: "_Memory", layer: "_Seen") -> float:
+        """``λ``: without a prediction there is nothing to trust but the slopes."""
+        if layer.h is None:
+            return 1.0
+        return memory.shrinkage.weight(layer.key, self.samples) if self.correction == "auto" else float(self.correction)
+
+    def _error(self, objective: Objective, module: nn.Module, net: str, output: Tensor) -> Tensor:
+        """The gradient [B, C] of each example's loss by the net's output."""
+        error = torch.empty_like(output)
+        with objective.probe(cost=0):
+            for c in range(output.shape[1]):
+                ends = []
+                for mu in (_LOSS_MU, -_LOSS_MU):
+                    moved = output.clone()
+                    moved[:, c] += mu
+                    with replaced_output(module, net, moved):
+                        ends.append(objective.losses())
+                error[:, c] = (ends[0] - ends[1]) / (2 * _LOSS_MU)
+        return error
 
 
 @dataclass(frozen=True)
@@ -286,46 +256,66 @@ class ExampleDirections(PerExample):
     space: Space = "weights"
 
 
-class _Memory:
-    """What an estimator knows about one module: how it uses its weights, and what was learned."""
+@dataclass
+class _Layer:
+    """What is known of one use of weights.
 
-    _SAVED = ("spaces", "fallback", "net", "last", "dims", "power", "norms", "scales")
+    Attributes:
+        in_weights: whether its noise is on the weights.
+        dims: how many numbers of it the loss can depend on.
+        scale: ``s`` of its noise.
+        power: mean square of its output's displacement at scale 1.
+        norm: running mean of ``‖g‖²`` by what the noise is on.
+    """
+
+    in_weights: bool
+    dims: float
+    scale: float = 0.0
+    power: float = 0.0
+    norm: float = 0.0
+
+    def begin(self, power: float) -> None:
+        """Choose the first scale: as if the gradients by all outputs had the same norm."""
+        self.power = self.norm = power
+        self.scale = 1 / math.sqrt(power)
+
+
+class _Memory:
+    """What an estimator knows of one module: how it uses its weights, and what was learned."""
 
     def __init__(self) -> None:
-        self.spaces: dict[str, str] | None = None  # by use; None before the first look
-        self.fallback: set[str] = set()
-        self.net: str | None = None  # the module that makes the net's output
-        self.last: str | None = None  # the use that makes it, whose gradient is therefore known
-        self.dims: dict[str, float] = {}
-        self.power: dict[str, float] = {}  # mean square of a displacement of scale 1
-        self.norms: dict[str, float] = {}  # running mean of ‖g‖²
-        self.scales: dict[str, float] = {}
+        self.layers: dict[str, _Layer] = {}
+        self.shared: set[str] = set()  # names of weights that no rule covers
+        self.net: str | None = None  # name of the module that makes the net's output
+        self.last: str | None = None  # key of the use that makes it
         self.feedback = Feedback()
-
-    def begin(self, key: str, power: float) -> float:
-        """The first scale of a layer: as if all gradients by outputs had the same norm."""
-        self.power[key], self.norms[key] = power, power
-        self.scales[key] = 1 / math.sqrt(power)
-        return self.scales[key]
-
-    def measured(self, key: str, norm: float) -> None:
-        self.norms[key] += 0.01 * (norm - self.norms[key])
+        self.shrinkage = Shrinkage()
 
     def rebalance(self) -> None:
         """Set ``sₗ² ∝ √dimₗ / ‖gₗ‖``, so that the largest displacement has mean square 1."""
-        raw = {key: (self.dims[key] / max(self.norms[key], 1e-30)) ** 0.25 for key in self.scales}
-        largest = max((raw[key] * math.sqrt(self.power[key]) for key in raw), default=1.0)
-        self.scales = {key: scale / largest for key, scale in raw.items()}
+        layers = [layer for layer in self.layers.values() if layer.scale]
+        for layer in layers:
+            layer.scale = (layer.dims / max(layer.norm, 1e-30)) ** 0.25
+        largest = max((layer.scale * math.sqrt(layer.power) for layer in layers), default=1.0)
+        for layer in layers:
+            layer.scale /= largest
 
     def state_dict(self) -> dict[str, Any]:
-        feedback = {"maps": self.feedback.maps}
-        return {**{name: getattr(self, name) for name in self._SAVED}, "feedback": feedback}
+        return {
+            "layers": {key: dict(vars(layer)) for key, layer in self.layers.items()},
+            "shared": sorted(self.shared),
+            "net": self.net,
+            "last": self.last,
+            "feedback": self.feedback.state_dict(),
+            "shrinkage": self.shrinkage.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self._SAVED:
-            setattr(self, name, state[name])
-        for name, value in state["feedback"].items():
-            setattr(self.feedback, name, value)
+        self.layers = {key: _Layer(**layer) for key, layer in state["layers"].items()}
+        self.shared = set(state["shared"])
+        self.net, self.last = state["net"], state["last"]
+        self.feedback.load_state_dict(state["feedback"])
+        self.shrinkage.load_state_dict(state["shrinkage"])
 
 
 class _Memories:
@@ -342,161 +332,140 @@ class _Memories:
 
 
 class _Noise:
-    """The displacements of one sample: the same noise in each of its passes."""
+    """The displacements of one sample, the same in each of its passes: a ``Displacement``.
 
-    def __init__(self, directions: Directions, seed: int, memory: _Memory) -> None:
-        self.directions = directions
+    Attributes:
+        delta: by key, ``s ξ`` on outputs, or what ``s ξ`` on weights made of them in the first pass.
+        of_weights: by key, the signs ``ξ`` on the weights.
+    """
+
+    def __init__(self, seed: int, memory: _Memory) -> None:
         self.seed = seed
         self.memory = memory
-        self.positions = {key: position for position, key in enumerate(memory.spaces or {})}
-        self.of: dict[str, list[Tensor]] = {}
-        self.scales = memory.scales
-        self._deltas: dict[str, Tensor] = {}
-
-    def in_weights(self, key: str) -> bool:
-        return (self.memory.spaces or {})[key] == "weights"
+        self.positions = {key: position for position, key in enumerate(memory.layers)}
+        self.delta: dict[str, Tensor] = {}
+        self.of_weights: dict[str, list[Noise]] = {}
 
     def __call__(self, key: str, operation: Operation, output: Tensor) -> Tensor | None:
         if key not in self.positions or key == self.memory.last:
             return None
-        if key in self._deltas:
-            return self._deltas[key]
-        if key not in self.of:
-            self.of[key] = self._draw(key, operation, output)
-        if not self.in_weights(key):
-            scale = self.scales[key] if key in self.scales else self.memory.begin(key, 1.0)
-            delta = self._deltas[key] = self.of[key][0] * scale
-            return delta
-        delta = operation.spread(self.of[key])
-        if key not in self.scales:
-            self.memory.begin(key, float(delta.square().mean()) + 1e-12)
-        return delta.mul_(self.scales[key])
+        if key not in self.delta:
+            self.delta[key] = self._draw(key, self.memory.layers[key], operation, output)
+        return self.delta[key]
 
-    def _draw(self, key: str, operation: Operation, output: Tensor) -> list[Tensor]:
-        places = [output]
-        if self.in_weights(key):
-            places = [w.new_empty(len(output), *w.shape) for w in operation.weights]
-        return self.directions.sample(places, self.seed, self.positions[key], 0)
+    def _draw(self, key: str, layer: _Layer, operation: Operation, output: Tensor) -> Tensor:
+        if not layer.in_weights:
+            delta, power = self._signs(key, [output])[0], 1.0
+        else:
+            sizes = [noise_sizes(w, output) for w in operation.weights]
+            signs = iter(self._signs(key, [output.new_empty(len(output), n) for parts in sizes for n in parts]))
+            self.of_weights[key] = [tuple(next(signs) for _ in parts) for parts in sizes]
+            delta = operation.spread(self.of_weights[key])
+            power = float(delta.square().mean()) + 1e-12
+        if not layer.scale:
+            layer.begin(power)
+        return delta * layer.scale  # not in place: what bias noise made is one number seen many times
+
+    def _signs(self, key: str, places: list[Tensor]) -> list[Tensor]:
+        return _SIGNS.sample(places, self.seed, self.positions[key], 0)
 
 
-class _Shared:
+class _Seen:
+    """One use of weights in the passes of one sample, on its way to a gradient.
+
+    Attributes:
+        delta: the displacement of its output where the loss could depend on it, or None: it had none.
+        h: the predicted gradient of each example's loss by its output, or None.
+    """
+
+    def __init__(self, key: str, layer: _Layer, uses: list[Use], noise: _Noise) -> None:
+        self.key = key
+        self.layer = layer
+        self.operation = uses[0].operation
+        self.follower = uses[0].follower
+        self.like = uses[0].output
+        self.mask = _mask(uses)
+        self.signs = noise.of_weights.get(key)
+        self.delta = noise.delta.get(key)
+        if self.delta is not None and self.mask is not None:
+            self.delta.mul_(self.mask)
+        self.h: Tensor | None = None
+
+    def predict(self, feedback: Feedback, error: Tensor | None) -> Tensor | float:
+        """Predict ``h``, and return the slopes [B] that it implies along the displacement."""
+        if error is None or self.delta is None:
+            return 0.0
+        self.h = feedback.predict(self.key, error, self.like, self.mask)
+        if self.h is None:
+            return 0.0
+        along = torch.bmm(self.delta.flatten(1).unsqueeze(1), self.h.flatten(1).unsqueeze(2)).flatten()
+        norm = float(along.square().mean()) / self.layer.scale**2
+        self.layer.norm += 0.01 * (norm - self.layer.norm)
+        return along
+
+    def gradients(self, slope: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each weight and its gradient, summed over the examples: of ``h``, and of the noise by what remains to it."""
+        if self.delta is None or self.signs is not None:
+            parts = [] if self.delta is None else [self.correction(slope)]
+            parts += [] if self.h is None else [self._collect(self.h)]
+            grads = [torch.stack(part).sum(0) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
+        else:
+            by_example = self._by_example(slope / self.layer.scale**2)
+            grads = self._collect(
+                self.delta * by_example if self.h is None else self.h.addcmul_(self.delta, by_example)
+            )
+        return zip(self.operation.weights, grads, strict=True)
+
+    def correction(self, slope: Tensor, examples: slice = slice(None)) -> list[Tensor]:
+        """What slopes [B] say of the gradient of each weight, summed over some of the examples."""
+        if self.signs is not None:
+            chosen = [tuple(part[examples] for part in signs) for signs in self.signs]
+            weights = self.operation.weights
+            scaled = slope[examples] / self.layer.scale
+            return [weigh(signs, scaled, w) for signs, w in zip(chosen, weights, strict=True)]
+        assert self.delta is not None
+        by_example = self._by_example(slope / self.layer.scale**2)
+        return self.operation.of(examples).collect(self.delta[examples] * by_example[examples])
+
+    def halves(self, slope: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The corrections by the mean slope of either half of the examples."""
+        middle = len(slope) // 2
+        first, second = self.correction(slope, slice(middle)), self.correction(slope, slice(middle, None))
+        return [grad / middle for grad in first], [grad / (len(slope) - middle) for grad in second]
+
+    def _by_example(self, factors: Tensor) -> Tensor:
+        return factors.to(self.like.dtype).view(-1, *[1] * (self.like.ndim - 1))
+
+    def _collect(self, delta: Tensor) -> list[Tensor]:
+        return self.operation.collect(delta if self.follower is None else self.follower.project(delta))
+
+
+def _mask(uses: list[Use]) -> Tensor | None:
+    """1 where the loss could depend on the output in one pass at least, else 0; None: everywhere."""
+    visible = [use.visible for use in uses if use.visible is not None]
+    return reduce(torch.maximum, visible).sign() if len(visible) == len(uses) else None
+
+
+class _SharedDirection:
     """One direction of the whole batch for the weights that no rule covers."""
 
-    def __init__(self, params: list[nn.Parameter], directions: Directions, seed: int) -> None:
-        self.params = params
-        self._ids = {id(p) for p in params}
-        self._saved = [p.detach().clone() for p in params]
-        self._u = directions.sample(params, seed, -1, 0) if params else []
+    def __init__(self, module: nn.Module, names: set[str], seed: int) -> None:
+        self.params = [p for name, p in module.named_parameters() if name in names]
+        self._ids = {id(p) for p in self.params}
+        self._saved = [p.detach().clone() for p in self.params]
+        self._u = _SIGNS.sample(self.params, seed, -1, 0)
 
     def has(self, p: nn.Parameter) -> bool:
         return id(p) in self._ids
 
-    def walk(self, offset: float) -> None:
+    def move_to(self, offset: float) -> None:
         for p, saved, u in zip(self.params, self._saved, self._u, strict=True):
-            p.copy_(saved) if offset == 0 else torch.add(saved, u, alpha=offset * _FALLBACK_SCALE, out=p)
+            torch.add(saved, u, alpha=offset * _SHARED_SCALE, out=p.data)
 
     def accumulate(self, slope: float) -> None:
         for p, u in zip(self.params, self._u, strict=True):
-            grad = u * (slope / _FALLBACK_SCALE)
+            grad = u * (slope / _SHARED_SCALE)
             p.grad = grad if p.grad is None else p.grad.add_(grad)
-
-
-@dataclass(eq=False)
-class _Call:
-    """One call of a module: its output, and how many uses of weights there had been before and after it."""
-
-    name: str
-    output: Any
-    before: int
-    after: int
-
-
-@contextmanager
-def _calls(module: nn.Module, watched: WatchedPass) -> Iterator[list[_Call]]:
-    """The calls of a module's submodules, in the order in which they end."""
-    calls: list[_Call] = []
-    began: list[int] = []
-    handles = []
-    for name, submodule in module.named_modules():
-        handles.append(submodule.register_forward_pre_hook(lambda *_: began.append(watched.events)))
-        handles.append(
-            submodule.register_forward_hook(
-                lambda *a, name=name: calls.append(_Call(name, a[2], began.pop(), watched.events))
-            )
-        )
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _output_of_the_net(calls: list[_Call], watched: WatchedPass, losses: Tensor) -> tuple[str | None, str | None]:
-    """The innermost module in which all uses of weights happen, and the use that makes its output; or None."""
-    for call in calls:
-        once = sum(other.name == call.name for other in calls) == 1
-        if not once or call.before != 0 or call.after != watched.events or not isinstance(call.output, Tensor):
-            continue
-        if call.output.ndim != 2 or len(call.output) != len(losses) or call.output.shape[1] > _LARGEST_ERROR:
-            continue
-        last = next((key for key, use in watched.uses.items() if use.output is call.output), None)
-        return call.name, last
-    return None, None
-
-
-@contextmanager
-def _output(module: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
-    """The output of one submodule."""
-    outputs: list[Tensor] = []
-    if name is None:
-        yield outputs
-        return
-    handle = module.get_submodule(name).register_forward_hook(lambda *a: outputs.append(a[2]))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _replaced(net: nn.Module, output: Tensor) -> Iterator[None]:
-    """Let a module return ``output`` without computing anything."""
-    before = vars(net).get("forward")
-    vars(net)["forward"] = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        del vars(net)["forward"]
-        if before is not None:
-            vars(net)["forward"] = before
-
-
-def _merge(uses: list[Use]) -> Use:
-    """The mean of one use over the passes of a stencil."""
-    first = uses[0]
-    operation = copy.copy(first.operation)
-    if operation.x.is_floating_point():
-        operation.x = _mean([use.operation.x for use in uses])
-    masks = [use.mask for use in uses if use.mask is not None]
-    deltas = [use.delta for use in uses if use.delta is not None]
-    return Use(
-        first.key,
-        operation,
-        first.output,
-        _mean(deltas) if deltas else None,
-        _mean(masks) if len(masks) == len(uses) else None,
-    )
-
-
-def _mean(tensors: list[Tensor]) -> Tensor:
-    first = tensors[0]
-    if all(t is first for t in tensors):
-        return first
-    return torch.stack(tensors).mean(0) if len(tensors) > 2 else torch.lerp(first, tensors[1], 0.5)
-
-
-def _name(watched: WatchedPass, weight: nn.Parameter) -> str:
-    return watched.names[id(weight)]
 
 
 def _nothing(key: str, operation: Operation, output: Tensor) -> None:

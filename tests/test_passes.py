@@ -1,0 +1,135 @@
+"""What a watched pass sees of a net, and what it changes."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zo_lightning.layers import Operation
+from zo_lightning.passes import WatchedPass
+
+B = 4
+
+
+def nothing(key: str, operation: Operation, output: Tensor) -> None:
+    return None
+
+
+def watch(net: nn.Module, x: Tensor) -> tuple[WatchedPass, Tensor]:
+    watched = WatchedPass(net, nothing, 1.0, {})
+    with torch.no_grad(), watched:
+        output = net(x)
+    watched.finish()
+    return watched, output
+
+
+class Function(nn.Module):
+    """A net written as one function of its weights."""
+
+    def __init__(self, function, **weights: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in weights.items():
+            self.register_parameter(name, nn.Parameter(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def test_every_use_is_seen_in_order_by_the_name_of_its_first_weight() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    watched, _ = watch(net, torch.randn(B, 1, 6, 6))
+    assert list(watched.uses) == ["0.weight", "1.weight", "4.weight"]
+    assert not watched.opaque
+
+
+def test_tied_and_functional_weights() -> None:
+    def twice(self: Function, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.w), self.w, bias=self.b)
+
+    watched, _ = watch(Function(twice, w=torch.randn(3, 3), b=torch.zeros(3)), torch.randn(B, 3))
+    assert list(watched.uses) == ["w", "w:1"]
+    assert [len(use.operation.weights) for use in watched.uses.values()] == [1, 2]
+
+
+def test_frozen_weights_are_no_uses() -> None:
+    net = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
+    assert list(watch(net, torch.randn(B, 3))[0].uses) == ["1.weight"]
+
+
+def test_what_has_no_rule_is_opaque() -> None:
+    def odd(self: Function, x: Tensor) -> Tensor:
+        return F.linear(x, self.w.tanh()) + F.linear(x, self.v)
+
+    watched, _ = watch(Function(odd, w=torch.randn(2, 3), v=torch.randn(2, 3)), torch.randn(B, 3))
+    assert watched.opaque == {"w"}
+    assert list(watched.uses) == ["v"]
+
+
+@pytest.mark.parametrize("relu", [F.relu, torch.relu, Tensor.relu, Tensor.relu_, nn.ReLU(), nn.ReLU(inplace=True)])
+def test_a_relu_hides_what_it_zeroes(relu) -> None:
+    net = Function(lambda self, x: relu(F.linear(x, self.w)).sum(1), w=torch.randn(5, 3))
+    watched, _ = watch(net, x := torch.randn(B, 3))
+    visible = watched.uses["w"].visible
+    assert visible is not None and torch.equal(visible > 0, F.linear(x, net.w) > 0)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, stride=1), lambda z: F.max_pool2d(z, 2, ceil_mode=True)])
+@pytest.mark.parametrize("order", ["relu first", "pool first", "no relu"])
+def test_visible_is_where_the_gradient_can_be(pool, order: str) -> None:
+    steps = {"relu first": lambda z: pool(F.relu(z)), "pool first": lambda z: F.relu(pool(z)), "no relu": pool}
+    net = Function(lambda self, x: steps[order](F.conv2d(x, self.w)).flatten(1), w=torch.randn(2, 1, 2, 2))
+    watched, _ = watch(net, x := torch.randn(B, 1, 6, 6))
+    z = F.conv2d(x, net.w).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(steps[order](z).sum(), z)
+    visible = watched.uses["w"].visible
+    assert visible is not None and torch.equal(visible > 0, gradient > 0)
+
+
+def test_an_output_that_is_read_twice_is_visible_everywhere() -> None:
+    def residual(self: Function, x: Tensor) -> Tensor:
+        z = F.linear(x, self.w)
+        return z + z.relu()
+
+    assert watch(Function(residual, w=torch.randn(3, 3)), torch.randn(B, 3))[0].uses["w"].visible is None
+
+
+def test_batch_normalization_lets_through_what_hides_its_output() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    watched, _ = watch(net, torch.randn(B, 3))
+    linear, norm = watched.uses["0.weight"], watched.uses["1.weight"]
+    assert linear.visible is not None and norm.visible is not None
+    assert torch.equal(linear.visible, norm.visible)
+    assert linear.follower is norm.operation
+    net.eval()
+    assert watch(net, torch.randn(B, 3))[0].uses["0.weight"].follower is None
+
+
+def test_outputs_are_displaced_and_later_passes_keep_the_first_ones_statistics() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    x, statistics = torch.randn(B, 3, dtype=torch.float64), {}
+    outputs = []
+    for shift in (0.0, 1.0):
+        watched = WatchedPass(net, lambda k, op, z, s=shift: torch.full_like(z, s), 1.0, statistics)
+        with torch.no_grad(), watched:
+            outputs.append(net(x))
+    sigma = (statistics["1.weight"][1] + 1e-5).sqrt()
+    assert torch.allclose(outputs[1] - outputs[0], (1 / sigma + 1).expand(B, 4))
+
+
+def test_without_displacement_the_pass_is_the_nets_own() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x = torch.randn(B, 5, 8)
+    watched, output = watch(layer, x)
+    assert torch.allclose(output, layer(x), atol=1e-6)
+    assert not watched.opaque
+    assert [key.removesuffix(".weight") for key in watched.uses] == [
+        "self_attn.in_proj_weight",
+        "self_attn.out_proj",
+        "norm1",
+        "linear1",
+        "linear2",
+        "norm2",
+    ]
