@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zo_lightning import (
+    ActivationPerturbation,
     Backprop,
     Central,
     Coordinate,
     Directions,
+    ExampleDirections,
     Forward,
     ForwardGradient,
     Gaussian,
@@ -24,6 +26,7 @@ from zo_lightning import (
     LowRank,
     NonFiniteLoss,
     Objective,
+    PerExample,
     Rademacher,
     Sphere,
     ZerothOrder,
@@ -42,13 +45,26 @@ DIRECTIONS: dict[str, tuple[Directions, float]] = {
     "low_rank_1": (LowRank(rank=1), 9.0),
     "low_rank_2": (LowRank(rank=2), 6.0),
 }
-ESTIMATORS: dict[str, Callable[[Directions, int], GradientEstimator]] = {
+WEIGHT_SPACE: dict[str, Callable[[Directions, int], GradientEstimator]] = {
     "central": lambda u, q: ZerothOrder(u, Central(1e-3), samples=q, seed=0),
     "forward": lambda u, q: ZerothOrder(u, Forward(1e-3), samples=q, seed=0),
     "forward_gradient": lambda u, q: ForwardGradient(u, samples=q, seed=0),
 }
+Make = Callable[[int], GradientEstimator]
+FORWARD_ONLY: dict[str, Make] = {
+    **{
+        f"{name}-{of}": lambda q, make=make, u=u: make(u, q)
+        for name, make in WEIGHT_SPACE.items()
+        for of, (u, _) in DIRECTIONS.items()
+    },
+    "activations": lambda q: ActivationPerturbation(samples=q, seed=0),
+    "example_directions": lambda q: ExampleDirections(samples=q, seed=0),
+    "per_example-forward": lambda q: PerExample(Forward(1e-3), samples=q, seed=0),
+    "per_example-no_feedback": lambda q: PerExample(samples=q, feedback=0, seed=0),
+}
 directions = pytest.mark.parametrize(("u", "kurtosis"), DIRECTIONS.values(), ids=DIRECTIONS.keys())
-forward_only = pytest.mark.parametrize("make", ESTIMATORS.values(), ids=ESTIMATORS.keys())
+weight_space = pytest.mark.parametrize("make", WEIGHT_SPACE.values(), ids=WEIGHT_SPACE.keys())
+forward_only = pytest.mark.parametrize("make", FORWARD_ONLY.values(), ids=FORWARD_ONLY.keys())
 
 
 def params() -> list[Tensor]:
@@ -81,7 +97,7 @@ class Noisy(nn.Module):
 def problem() -> tuple[Noisy, Callable[[], Tensor]]:
     net = Noisy()
     x, y = torch.randn(8, 5), torch.randint(3, (8,))
-    return net, lambda: F.cross_entropy(net(x), y)
+    return net, lambda: F.cross_entropy(net(x), y, reduction="none")  # per example; others take the mean
 
 
 def state(net: nn.Module) -> dict[str, Tensor]:
@@ -104,7 +120,7 @@ def test_law_1_second_moment_is_the_identity(u: Directions, kurtosis: float) -> 
 
 
 @directions
-@forward_only
+@weight_space
 def test_law_1_the_mean_estimate_tends_to_the_gradient(
     make: Callable[[Directions, int], GradientEstimator], u: Directions, kurtosis: float
 ) -> None:
@@ -143,23 +159,18 @@ def test_law_2_a_tensor_does_not_depend_on_the_others(u: Directions) -> None:
     assert torch.equal(u.sample([small, last], 3, 4, 5)[1], u.sample([large, last], 3, 4, 5)[1])
 
 
-@directions
 @forward_only
-def test_law_3_weights_and_buffers_come_back(
-    make: Callable[[Directions, int], GradientEstimator], u: Directions, kurtosis: float
-) -> None:
+def test_law_3_weights_and_buffers_come_back(make: Make) -> None:
     net, loss = problem()
     before = state(net)
-    make(u, 3).backward(loss, net, 0)
+    make(3).backward(loss, net, 0)
     assert_unchanged(net, before)
 
 
 @forward_only
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), NonFiniteLoss(math.nan)])
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_law_3_also_after_an_error(
-    make: Callable[[Directions, int], GradientEstimator], error: BaseException, at: int
-) -> None:
+def test_law_3_also_after_an_error(make: Make, error: BaseException, at: int) -> None:
     net, loss = problem()
     before = state(net)
     calls = 0
@@ -173,7 +184,7 @@ def test_law_3_also_after_an_error(
         return value
 
     with pytest.raises(type(error)):
-        make(Sphere(), 3).backward(failing, net, 0)
+        make(3).backward(failing, net, 0)
     assert_unchanged(net, before)
     assert all(p.grad is None for p in net.parameters())
 
@@ -192,12 +203,12 @@ def test_law_3_replay_is_inexact_but_close() -> None:
 
 
 @forward_only
-def test_law_4_a_probe_leaves_the_global_random_state(make: Callable[[Directions, int], GradientEstimator]) -> None:
+def test_law_4_a_probe_leaves_the_global_random_state(make: Make) -> None:
     net, loss = problem()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    make(Sphere(), 2).backward(loss, net, 0)
+    make(2).backward(loss, net, 0)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -222,15 +233,15 @@ def test_law_4_a_tied_weight_is_perturbed_once() -> None:
 
 
 @forward_only
-def test_law_4_frozen_weights_are_left_alone(make: Callable[[Directions, int], GradientEstimator]) -> None:
+def test_law_4_frozen_weights_are_left_alone(make: Make) -> None:
     net, loss = problem()
-    make(Sphere(), 1).backward(loss, net, 0)
+    make(1).backward(loss, net, 0)
     assert net.frozen.weight.grad is None
     assert net.first.weight.grad is not None
 
 
 @forward_only
-def test_no_graph_is_built(make: Callable[[Directions, int], GradientEstimator]) -> None:
+def test_no_graph_is_built(make: Make) -> None:
     net, loss = problem()
 
     def watched() -> Tensor:
@@ -243,4 +254,4 @@ def test_no_graph_is_built(make: Callable[[Directions, int], GradientEstimator])
         raise AssertionError("autograd saved a tensor")
 
     with torch.autograd.graph.saved_tensors_hooks(fail, lambda tensor: tensor):
-        make(Sphere(), 2).backward(watched, net, 0)
+        make(2).backward(watched, net, 0)

@@ -67,9 +67,9 @@ def test_non_finite_loss(value: float) -> None:
         Objective(lambda: torch.tensor(value), nn.Linear(1, 1))()
 
 
-@pytest.mark.parametrize(("loss", "shown"), [(torch.zeros(3), r"shape \(3,\)"), (None, "NoneType"), (1.0, "float")])
+@pytest.mark.parametrize(("loss", "shown"), [(torch.zeros(3, 1), r"shape \(3, 1\)"), (None, "NoneType"), (1.0, "float")])
 def test_loss_must_be_a_scalar_tensor(loss: object, shown: str) -> None:
-    with pytest.raises(ValueError, match=f"a tensor with one element, got {shown}"):
+    with pytest.raises(ValueError, match=f"a tensor with one element, or with one per example, got {shown}"):
         Objective(lambda: loss, nn.Linear(1, 1))()  # type: ignore[arg-type,return-value]
 
 
@@ -77,3 +77,14 @@ def test_forward_passes_are_counted() -> None:
     objective = Objective(lambda: torch.zeros(()), net := nn.Linear(1, 1))
     ZerothOrder(samples=3, seed=0).backward(objective, net, 0)
     assert objective.forward_passes == 6
+
+
+def test_the_loss_of_each_example() -> None:
+    objective = Objective(lambda: torch.tensor([1.0, 3.0]), nn.Linear(1, 1))
+    assert objective() == 2.0
+    with objective.probe():
+        assert objective.losses().tolist() == [1.0, 3.0]
+    with pytest.raises(ValueError, match=r"needs the loss of each example, .* got a tensor of shape \(\)"):
+        Objective(lambda: torch.tensor(1.0), nn.Linear(1, 1)).losses()
+    with pytest.raises(NonFiniteLoss):
+        Objective(lambda: torch.tensor([1.0, float("nan")]), nn.Linear(1, 1)).losses()

@@ -1,6 +1,5 @@
 """Predicting the gradient of a layer's output from the gradient of the net's, by feedback weights that are learned."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,44 +63,38 @@ class Feedback:
 
 
 class Shrinkage:
-    """How much of a noisy but unbiased correction to a biased estimate pays: ``λ = b² / (b² + V/τ)``, for each layer.
+    """How much of a noisy but unbiased correction ``c`` to a biased estimate pays: ``λ = b² / (b² + V/τ)``, by layer.
 
-    ``h + λ c`` has mean squared error ``(1 − λ)² b² + λ² V`` if the correction ``c`` has mean ``b`` and variance ``V``;
-    it is smallest there for ``τ = 1``. An optimizer with momentum averages noise over some ``τ`` steps but keeps the
-    bias, so its ``λ`` is larger. Both are measured from the corrections ``c₁`` and ``c₂`` of two halves of a batch, whose
-    noise is independent: ``b² = E<c₁, c₂>`` and ``V = E‖c₁ − c₂‖² / 4`` for ``c = (c₁ + c₂) / 2``, as running means. Of
-    ``b²`` two standard errors are taken off, so that noise is not mistaken for bias.
+    ``h + λ c`` has mean squared error ``(1 − λ)² b² + λ² V`` if ``c`` has mean ``b`` and variance ``V``, and it is
+    smallest there for ``τ = 1``. An optimizer with momentum averages noise over some ``τ`` steps but keeps what bias
+    lasts, so its ``λ`` is larger. ``b² = E<c, c̄>``, where ``c̄`` is the running mean of the last ``τ`` steps, whose noise
+    is independent, and ``V = E‖c‖² − b²``, as means over some 2/r steps.
     """
 
     TAU = 10.0
-    RATE = 0.05
+    RATE = 0.01
 
     def __init__(self) -> None:
-        self.moments: dict[str, list[float]] = {}  # running sums of 1, <c₁, c₂>, its square, and V
+        self.means: dict[str, list[Tensor]] = {}  # c̄, one tensor for each weight of a layer
+        self.moments: dict[str, tuple[int, float, float]] = {}  # by layer: the number of steps, b², and E‖c‖²
 
-    def weight(self, key: str, samples: int = 1) -> float:
-        """``λ`` of a layer for the mean of ``samples`` corrections, 0 before enough was measured."""
-        count, bias, squared, variance = self.moments.get(key, (0.0, 0.0, 0.0, 0.0))
-        if not count:
-            return 0.0
-        bias, squared, variance = bias / count, squared / count, variance / count
-        error = math.sqrt(max(squared - bias**2, 0.0) * self.RATE / (2 - self.RATE) / count)
-        bias = max(bias - 2 * error, 0.0) if count > self.RATE else 0.0
-        return bias / (bias + variance / (self.TAU * samples)) if bias else 0.0
-
-    def measure(self, key: str, first: list[Tensor], second: list[Tensor]) -> None:
-        """Add the corrections of two halves of a batch, one tensor for each weight of a layer."""
-        pairs = list(zip(first, second, strict=True))
-        product = sum(float((a * b).sum()) for a, b in pairs)
-        variance = sum(float((a - b).square().sum()) for a, b in pairs) / 4
-        sums = self.moments.setdefault(key, [0.0, 0.0, 0.0, 0.0])
-        for index, value in enumerate((1.0, product, product**2, variance)):
-            sums[index] += self.RATE * (value - sums[index])
+    def measure(self, key: str, correction: list[Tensor]) -> float:
+        """Take in one step's correction, one tensor for each weight of a layer; returns ``λ``."""
+        steps, bias, power = self.moments.get(key, (0, 0.0, 0.0))
+        means = self.means.setdefault(key, [torch.zeros_like(c) for c in correction])
+        if steps:
+            rate = max(self.RATE, 1 / steps)  # of the plain mean, while there are few
+            bias += rate * (sum(float((c * mean).sum()) for c, mean in zip(correction, means, strict=True)) - bias)
+            power += rate * (sum(float(c.square().sum()) for c in correction) - power)
+        for c, mean in zip(correction, means, strict=True):
+            mean.lerp_(c, max(1 / self.TAU, 1 / (steps + 1)))
+        self.moments[key] = steps + 1, bias, power
+        return bias / (bias + max(power - bias, 0.0) / self.TAU) if bias > 0 else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The running means."""
-        return {"moments": {key: list(sums) for key, sums in self.moments.items()}}
+        return {"means": self.means, "moments": self.moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what ``state_dict`` gave."""
-        self.moments = {key: list(sums) for key, sums in state["moments"].items()}
+        self.means, self.moments = dict(state["means"]), dict(state["moments"])

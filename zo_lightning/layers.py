@@ -5,7 +5,6 @@ For ``z = op(x; W, b)`` and an example ``i``, ``spread`` maps changes of the wei
 ordinary forward arithmetic; no autograd graph is involved.
 """
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -47,12 +46,6 @@ class Operation(ABC):
     def output(self, original: Callable[[], Tensor]) -> Tensor:
         """What the operation computes in this pass, by default just that."""
         return original()
-
-    def of(self, examples: slice) -> "Operation":
-        """The same for some of the examples."""
-        part = copy.copy(self)
-        part.x = self.x[examples]
-        return part
 
     def spread(self, noise: Sequence[Noise]) -> Tensor:
         """The change of the output [B, ...] when each example has its own change of each weight."""

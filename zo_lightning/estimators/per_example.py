@@ -28,7 +28,6 @@ Space = Literal["auto", "activations", "weights"]
 _SPACES = ("auto", "activations", "weights")
 _LOSS_MU = 1e-2  # displaces the net's output, where the loss alone is asked
 _SHARED_SCALE = 0.1  # of weights without a rule, against outputs: these are of order 1, weights less
-_MEASURE_EVERY = 10  # steps between two measurements of the corrections, which cost a second collection
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class PerExample(GradientEstimator):
                 self._look(objective, module, memory)
             total = torch.zeros((), device=params[0].device)
             for index in range(self.samples):
-                total += self._sample(objective, module, memory, step, mix(seed, step, index))
+                total += self._sample(objective, module, memory, mix(seed, step, index))
             if self.balance:
                 memory.rebalance()
         except BaseException:
@@ -172,7 +171,7 @@ class PerExample(GradientEstimator):
             chosen = "weights"
         return _Layer(chosen == "weights", in_weights if chosen == "weights" else in_activations)
 
-    def _sample(self, objective: Objective, module: nn.Module, memory: "_Memory", step: int, seed: int) -> Tensor:
+    def _sample(self, objective: Objective, module: nn.Module, memory: "_Memory", seed: int) -> Tensor:
         """Add the estimate from one noise per example to ``.grad``, and learn from it; returns the loss."""
         noise = _Noise(seed, memory)
         shared = _SharedDirection(module, memory.shared, seed)
@@ -200,11 +199,10 @@ class PerExample(GradientEstimator):
             else:
                 slope -= layer.predict(memory.feedback, error)
         for layer in seen:
-            if layer.delta is not None and layer.h is not None and self._measures(step, len(slope)):
-                memory.shrinkage.measure(layer.key, *layer.halves(slope))
-            for p, grad in layer.gradients(slope * self._trust(memory, layer)):
+            grads = self._gradients(layer, slope / len(slope), memory.shrinkage)
+            for p, grad in zip(layer.operation.weights, grads, strict=True):
                 if not shared.has(p):
-                    grad /= len(slope) * self.samples
+                    grad /= self.samples
                     p.grad = grad if p.grad is None else p.grad.add_(grad)
         shared.accumulate(float(slope.mean()) / self.samples)
         if error is not None:
@@ -218,14 +216,15 @@ class PerExample(GradientEstimator):
         weights = torch.tensor(self.stencil.weights, dtype=dtype, device=values[0].device)
         return torch.stack(values, -1).to(dtype) @ weights / self.stencil.mu
 
-    def _measures(self, step: int, examples: int) -> bool:
-        return self.correction == "auto" and step % _MEASURE_EVERY == 0 and examples > 1
-
-    def _trust(self, memory: "_Memory", layer: "_Seen") -> float:
-        """``λ``: without a prediction there is nothing to trust but the slopes."""
+    def _gradients(self, layer: "_Seen", slope: Tensor, shrinkage: Shrinkage) -> list[Tensor]:
+        """The gradient of each weight of a layer, from slopes [B] that were divided by the number of examples."""
         if layer.h is None:
-            return 1.0
-        return memory.shrinkage.weight(layer.key, self.samples) if self.correction == "auto" else float(self.correction)
+            return layer.from_noise(slope)
+        if layer.delta is None or self.correction == 0:
+            return layer.from_prediction()
+        c = layer.from_noise(slope)
+        trust = shrinkage.measure(layer.key, c) if self.correction == "auto" else float(self.correction)
+        return [h.add_(part, alpha=trust) for h, part in zip(layer.from_prediction(), c, strict=True)]
 
     def _error(self, objective: Objective, module: nn.Module, net: str, output: Tensor) -> Tensor:
         """The gradient [B, C] of each example's loss by the net's output."""
@@ -403,38 +402,19 @@ class _Seen:
         self.layer.norm += 0.01 * (norm - self.layer.norm)
         return along
 
-    def gradients(self, slope: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each weight and its gradient, summed over the examples: of ``h``, and of the noise by what remains to it."""
-        if self.delta is None or self.signs is not None:
-            parts = [] if self.delta is None else [self.correction(slope)]
-            parts += [] if self.h is None else [self._collect(self.h)]
-            grads = [torch.stack(part).sum(0) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
-        else:
-            by_example = self._by_example(slope / self.layer.scale**2)
-            grads = self._collect(
-                self.delta * by_example if self.h is None else self.h.addcmul_(self.delta, by_example)
-            )
-        return zip(self.operation.weights, grads, strict=True)
-
-    def correction(self, slope: Tensor, examples: slice = slice(None)) -> list[Tensor]:
-        """What slopes [B] say of the gradient of each weight, summed over some of the examples."""
+    def from_noise(self, slope: Tensor) -> list[Tensor]:
+        """The gradient of each weight, summed over the examples, that slopes [B] along the noise give."""
         if self.signs is not None:
-            chosen = [tuple(part[examples] for part in signs) for signs in self.signs]
             weights = self.operation.weights
-            scaled = slope[examples] / self.layer.scale
-            return [weigh(signs, scaled, w) for signs, w in zip(chosen, weights, strict=True)]
+            return [weigh(signs, slope / self.layer.scale, w) for signs, w in zip(self.signs, weights, strict=True)]
         assert self.delta is not None
-        by_example = self._by_example(slope / self.layer.scale**2)
-        return self.operation.of(examples).collect(self.delta[examples] * by_example[examples])
+        factors = (slope / self.layer.scale**2).to(self.delta.dtype)
+        return self._collect(self.delta * factors.view(-1, *[1] * (self.delta.ndim - 1)))
 
-    def halves(self, slope: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The corrections by the mean slope of either half of the examples."""
-        middle = len(slope) // 2
-        first, second = self.correction(slope, slice(middle)), self.correction(slope, slice(middle, None))
-        return [grad / middle for grad in first], [grad / (len(slope) - middle) for grad in second]
-
-    def _by_example(self, factors: Tensor) -> Tensor:
-        return factors.to(self.like.dtype).view(-1, *[1] * (self.like.ndim - 1))
+    def from_prediction(self) -> list[Tensor]:
+        """The gradient of each weight of the mean loss that ``h`` gives."""
+        assert self.h is not None
+        return [grad.div_(len(self.h)) for grad in self._collect(self.h)]
 
     def _collect(self, delta: Tensor) -> list[Tensor]:
         return self.operation.collect(delta if self.follower is None else self.follower.project(delta))

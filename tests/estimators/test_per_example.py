@@ -1,0 +1,276 @@
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zo_lightning import ActivationPerturbation, Backprop, Central, ExampleDirections, Forward, PerExample, ZerothOrder
+from zo_lightning.estimators import GradientEstimator
+
+B = 6
+
+
+class Tied(nn.Module):
+    """An embedding that is also the output layer, a position embedding and attention in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5, 4)
+        self.place = nn.Parameter(torch.randn(3, 4))
+        self.block = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True, norm_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.block(self.words(x) + self.place)[:, -1], self.words.weight)
+
+
+class Residual(nn.Module):
+    """Convolutions with strides and groups, group normalisation, a residual, ReLUs and a pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2))
+        self.inner = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.down = nn.Conv2d(4, 5, 2, stride=2, bias=False)
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.out(self.down(x + self.inner(x).relu()).relu().flatten(2).mean(2))
+
+
+class Opaque(nn.Module):
+    """A weight that no rule covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+        self.odd = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).tanh() @ self.odd.exp().T
+
+
+class Stats(nn.Module):
+    """Batch normalisation between a convolution and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(self.conv(x)).tanh().flatten(1))
+
+
+INPUTS: dict[type[nn.Module], Callable[[], Tensor]] = {
+    Tied: lambda: torch.randint(5, (B, 3)),
+    Residual: lambda: torch.randn(B, 1, 10, 10, dtype=torch.float64),
+    Opaque: lambda: torch.randn(B, 3, dtype=torch.float64),
+    Stats: lambda: torch.randn(B, 1, 6, 6, dtype=torch.float64),
+}
+
+
+def problem(kind: type[nn.Module]) -> tuple[nn.Module, Callable[[], Tensor]]:
+    torch.manual_seed(0)
+    net = kind().double()
+    x, y = INPUTS[kind](), torch.randint(3, (B,))
+    return net, lambda: F.cross_entropy(net(x), y, reduction="none")
+
+
+def gradient(estimator: GradientEstimator, loss: Callable[[], Tensor], net: nn.Module, step: int = 0) -> Tensor:
+    estimator.backward(loss, net, step)
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+def moments(estimator: GradientEstimator, loss: Callable[[], Tensor], net: nn.Module, n: int) -> tuple[Tensor, Tensor]:
+    """The mean of n estimates, and its standard error."""
+    draws = torch.stack([gradient(estimator, loss, net, step) for step in range(n)])
+    return draws.mean(0), draws.std(0) / n**0.5
+
+
+@pytest.mark.parametrize("kind", [Tied, Residual, Opaque])
+@pytest.mark.parametrize("space", ["auto", "activations", "weights"])
+@pytest.mark.parametrize("feedback", [0.0, 0.5])
+def test_is_unbiased_whatever_the_feedback(kind: type[nn.Module], space: str, feedback: float) -> None:
+    net, loss = problem(kind)
+    exact = gradient(Backprop(), loss, net)
+    estimator = PerExample(Central(1e-5), space=space, feedback=feedback, correction=1.0, seed=1)  # type: ignore[arg-type]
+    mean, error = moments(estimator, loss, net, 400)
+    # Five standard errors hold for some 250 numbers with a probability of 0.9998; μ² = 1e-10 is far below.
+    assert bool(((mean - exact).abs() <= 5 * error + 1e-7).all())
+    assert error.norm() < exact.norm(), "or the test could not fail"
+
+
+def test_the_error_of_a_central_difference_is_quadratic_in_mu() -> None:
+    """Of the estimate with the same noise, ten times the step gives a hundred times the error."""
+    net, loss = problem(Tied)
+    small, medium, large = (
+        gradient(ActivationPerturbation(Central(mu), correction=1.0, feedback=0.0, seed=0), loss, net)
+        for mu in (1e-5, 1e-3, 1e-2)
+    )
+    along = small / small.norm()
+    # Odd orders cancel in the mean over the noise, not for one: the estimate uses inputs of the first pass.
+    errors = []
+    for mu in (3e-3, 3e-2):
+        estimators = [ActivationPerturbation(Central(m), correction=1.0, feedback=0.0, seed=s) for s in range(1) for m in (mu,)]
+        errors.append(abs(float((gradient(estimators[0], loss, net) - small) @ along)))
+    assert medium.norm() > 0 and large.norm() > 0
+    assert errors[1] / errors[0] > 5
+
+
+def test_forward_difference_is_unbiased_to_first_order() -> None:
+    net, loss = problem(Residual)
+    exact = gradient(Backprop(), loss, net)
+    mean, error = moments(PerExample(Forward(1e-6), correction=1.0, seed=1), loss, net, 400)
+    assert bool(((mean - exact).abs() <= 5 * error + 1e-5).all())
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(F.cosine_similarity(a, b, 0))
+
+
+@pytest.mark.parametrize("kind", [Tied, Residual])
+def test_feedback_learns_to_predict_the_gradient(kind: type[nn.Module]) -> None:
+    net, loss = problem(kind)
+    exact = gradient(Backprop(), loss, net)
+    estimator = PerExample(seed=0)
+    first = cosine(gradient(estimator, loss, net, 0), exact)
+    for step in range(1, 300):
+        last = gradient(estimator, loss, net, step)
+    assert cosine(last, exact) > max(first, 0.7)
+
+
+def test_the_gradient_of_the_last_layer_is_known() -> None:
+    net, loss = problem(Residual)
+    Backprop().backward(loss, net, 0)
+    exact = net.out.weight.grad.clone()
+    PerExample(Central(1e-6), seed=0).backward(loss, net, 0)
+    # Central differences of the loss by the net's output, with a step of 1e-2: 1e-4 / 6 times its third derivative.
+    assert torch.allclose(net.out.weight.grad, exact, rtol=1e-3, atol=1e-5)
+
+
+def test_beats_directions_in_weight_space_at_equal_cost() -> None:
+    net, loss = problem(Residual)
+    exact = gradient(Backprop(), loss, net)
+    plain = [cosine(gradient(ZerothOrder(seed=0), loss, net, step), exact) ** 2 for step in range(100)]
+    ours = [cosine(gradient(PerExample(feedback=0, seed=0), loss, net, step), exact) ** 2 for step in range(100)]
+    assert sum(ours) > 3 * sum(plain)  # B = 6 slopes in place of one; the rest is ReLUs' and poolings' masks
+
+
+@pytest.mark.parametrize("space", ["activations", "weights"])
+def test_batch_normalization(space: str) -> None:
+    """Right before the statistics the gradient through them is put back; the estimate is then unbiased for it."""
+    net, loss = problem(Stats)
+    exact = gradient(Backprop(), loss, net)
+    estimator = PerExample(Central(1e-5), layers={"*": space}, feedback=0, correction=1.0, seed=1)  # type: ignore[dict-item]
+    mean, error = moments(estimator, loss, net, 400)
+    others = slice(net.conv.weight.numel() + net.conv.bias.numel(), None)
+    assert bool(((mean - exact).abs() <= 5 * error + 1e-6)[others].all())
+    if space == "activations":
+        assert bool(((mean - exact).abs() <= 5 * error + 1e-6).all())
+
+
+def test_what_no_rule_covers_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    net, loss = problem(Opaque)
+    estimator = PerExample(seed=0)
+    with caplog.at_level(logging.WARNING):
+        for step in range(2):
+            estimator.backward(loss, net, step)
+    assert [r.getMessage() for r in caplog.records if "odd" in r.getMessage()] == [
+        "PerExample: no rule covers the use of odd: one direction for the whole batch, as in ZerothOrder"
+    ]
+
+
+def test_a_weight_that_is_not_used_gets_a_zero_gradient() -> None:
+    net = nn.ModuleDict({"used": nn.Linear(3, 3), "unused": nn.Linear(3, 3)})
+    x, y = torch.randn(B, 3), torch.randint(3, (B,))
+    PerExample(seed=0).backward(lambda: F.cross_entropy(net["used"](x), y, reduction="none"), net, 0)
+    grad = net["unused"].weight.grad
+    assert grad is not None and bool(grad.isfinite().all())
+
+
+def test_spaces_are_chosen_by_dimension_and_overridden_by_pattern() -> None:
+    net, loss = problem(Residual)
+
+    def spaces(estimator: PerExample) -> dict[str, bool]:
+        estimator.backward(loss, net, 0)
+        return {k: layer["in_weights"] for k, layer in estimator.state_dict(net)["layers"].items()}
+
+    # inner: 76 weights and at most 4 x 4 x 4 outputs; down: 80 weights and 20 outputs; out: 18 and 3. Of stem.0's
+    # 4 x 8 x 8 outputs the pooling lets 64 through at most, and ReLU about half of them, against 40 weights.
+    names = [f"{name}.weight" for name in ("stem.0", "stem.1", "inner", "down", "out")]
+    auto = spaces(PerExample(seed=0))
+    assert auto == dict(zip(names, (auto["stem.0.weight"], True, False, False, False), strict=True))
+    assert spaces(ExampleDirections(seed=0)) == dict.fromkeys(names, True)
+    assert spaces(ActivationPerturbation(layers={"inn*": "weights"}, seed=0))["inner.weight"]
+
+
+def test_scales_balance_the_layers() -> None:
+    net, loss = problem(Residual)
+    estimator = PerExample(seed=0)
+    for step in range(20):
+        estimator.backward(loss, net, step)
+    layers = estimator.state_dict(net)["layers"].values()
+    ratios = [layer["scale"] ** 2 * layer["norm"] ** 0.5 / layer["dims"] ** 0.5 for layer in layers if layer["scale"]]
+    assert ratios == pytest.approx([ratios[0]] * 4)
+    assert max(layer["scale"] ** 2 * layer["power"] for layer in layers) == pytest.approx(1.0)
+
+
+def test_steps_repeat_exactly_from_a_saved_state() -> None:
+    net, loss = problem(Tied)
+    estimator = PerExample(seed=0)
+    for step in range(5):
+        estimator.backward(loss, net, step)
+    saved = pickle.loads(pickle.dumps(estimator.state_dict(net)))
+    expected = [gradient(estimator, loss, net, step) for step in (5, 6)]
+    again = PerExample(seed=0)
+    again.load_state_dict(net, saved)
+    for step, g in zip((5, 6), expected, strict=True):
+        assert torch.equal(gradient(again, loss, net, step), g)
+
+
+def test_a_copy_of_an_estimator_has_learned_nothing() -> None:
+    net, loss = problem(Tied)
+    estimator = PerExample(seed=0)
+    estimator.backward(loss, net, 0)
+    for twin in (copy.deepcopy(estimator), pickle.loads(pickle.dumps(estimator))):
+        assert twin == estimator
+        assert twin.state_dict(net)["layers"] == {}
+
+
+def test_forward_passes_are_counted() -> None:
+    from zo_lightning import Objective
+
+    net, loss = problem(Tied)
+    objective = Objective(loss, net)
+    estimator = PerExample(samples=3, seed=0)
+    estimator.backward(objective, net, 0)
+    assert objective.forward_passes == 1 + 6  # one look at the net
+    estimator.backward(objective, net, 1)
+    assert objective.forward_passes == 1 + 12
+
+
+def test_needs_the_loss_of_each_example() -> None:
+    net, loss = problem(Tied)
+    with pytest.raises(ValueError, match="needs the loss of each example"):
+        PerExample(seed=0).backward(lambda: loss().mean(), net, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"space": "nowhere"}, "space must be one of auto, activations, weights, got 'nowhere'"),
+        ({"layers": {"conv*": "x"}}, "space must be one of auto, activations, weights, got 'x'"),
+        ({"feedback": 2.0}, r"feedback must be in \[0, 2\), got 2.0"),
+        ({"correction": 1.5}, r"correction must be 'auto' or in \[0, 1\], got 1.5"),
+        ({"correction": "none"}, r"correction must be 'auto' or in \[0, 1\], got 'none'"),
+        ({"correction": 0, "feedback": 0}, "leaves no estimate"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PerExample(**arguments)  # type: ignore[arg-type]
