@@ -99,8 +99,9 @@ def test_is_unbiased_whatever_the_feedback(kind: type[nn.Module], space: str, fe
     exact = gradient(Backprop(), loss, net)
     estimator = PerExample(Central(1e-5), space=space, feedback=feedback, correction=1.0, seed=1)  # type: ignore[arg-type]
     mean, error = moments(estimator, loss, net, 400)
-    # Five standard errors hold for some 250 numbers with a probability of 0.9998; μ² = 1e-10 is far below.
-    assert bool(((mean - exact).abs() <= 5 * error + 1e-7).all())
+    # Five standard errors hold for some 250 numbers with a probability of 0.9998. The step of 1e-2 by which the loss is
+    # asked for the gradient of the net's output leaves 1e-4 / 6 of its third derivative, at most 0.2, times inputs.
+    assert bool(((mean - exact).abs() <= 5 * error + 1e-5).all())
     assert error.norm() < exact.norm(), "or the test could not fail"
 
 
