@@ -64,20 +64,20 @@ class NormalizedSGD(torch.optim.Optimizer):
     def _update(self, x: list[Tensor], g: list[Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         lr = float(group["lr"])
-        # Each tensor keeps its own part of v, a number, so that the state is as any optimizer's: by weight.
+        # Each tensor keeps its own part of v, one number, so that the state is by weight as any optimizer's.
         for p in x:
             if not self.state[p]:
-                self.state[p] = {"t": torch.zeros(()), "m": torch.zeros_like(p), "v": torch.zeros((), device=p.device)}
+                self.state[p] = {"step": torch.zeros(()), "m": torch.zeros_like(p), "v": p.new_zeros(())}
         states = [self.state[p] for p in x]
-        m = [state["m"] for state in states]
-        torch._foreach_lerp_(m, g, 1 - beta1)
-        squares = 0.0
+        for state in states:
+            state["step"] += 1
+        steps = [state["step"].item() for state in states]
+        torch._foreach_lerp_([state["m"] for state in states], g, 1 - beta1)
         for state, norm in zip(states, torch._foreach_norm(g), strict=True):
-            state["t"] += 1
-            state["v"].lerp_(norm.float().square(), 1 - beta2)
-            squares = squares + (state["v"] / (1 - beta2 ** state["t"].item())).to(x[0].device)
-        size = (squares / sum(map(torch.numel, x))).sqrt().add(group["eps"])
+            state["v"].lerp_(norm.square(), 1 - beta2)
+        squares = [(state["v"] / (1 - beta2**t)).to(x[0].device) for state, t in zip(states, steps, strict=True)]
+        size = (sum(squares[1:], squares[0]) / sum(map(torch.numel, x))).sqrt() + group["eps"]
         if group["weight_decay"]:
             torch._foreach_mul_(x, 1 - lr * group["weight_decay"])
-        for p, state in zip(x, states, strict=True):
-            p.addcdiv_(state["m"], size.to(p), value=-lr / (1 - beta1 ** state["t"].item()))
+        for p, state, t in zip(x, states, steps, strict=True):
+            p.addcdiv_(state["m"], size.to(p), value=-lr / (1 - beta1**t))
