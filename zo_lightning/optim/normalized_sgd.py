@@ -75,8 +75,10 @@ class NormalizedSGD(torch.optim.Optimizer):
         torch._foreach_lerp_([state["m"] for state in states], g, 1 - beta1)
         for state, norm in zip(states, torch._foreach_norm(g), strict=True):
             state["v"].lerp_(norm.square(), 1 - beta2)
-        squares = [(state["v"] / (1 - beta2**t)).to(x[0].device) for state, t in zip(states, steps, strict=True)]
-        size = (sum(squares[1:], squares[0]) / sum(map(torch.numel, x))).sqrt() + group["eps"]
+        square = torch.zeros((), device=x[0].device)
+        for state, t in zip(states, steps, strict=True):
+            square = square + (state["v"] / (1 - beta2**t)).to(square.device)
+        size = (square / sum(map(torch.numel, x))).sqrt() + group["eps"]
         if group["weight_decay"]:
             torch._foreach_mul_(x, 1 - lr * group["weight_decay"])
         for p, state, t in zip(x, states, steps, strict=True):
