@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from zo_lightning.modules import AutomaticClassifier, Classifier, EstimatedGradient, TrainingDiverged
     from zo_lightning.nets import ScalableCNN, SmallCNN
     from zo_lightning.objective import NonFiniteLoss, Objective
-    from zo_lightning.optim import AdaMM, SignSGD
+    from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
     from zo_lightning.stencils import Central, Forward, Stencil
 
 _HOMES = {
@@ -39,7 +39,7 @@ _HOMES = {
     "modules": ("AutomaticClassifier", "Classifier", "EstimatedGradient", "TrainingDiverged"),
     "nets": ("ScalableCNN", "SmallCNN"),
     "objective": ("NonFiniteLoss", "Objective"),
-    "optim": ("AdaMM", "SignSGD"),
+    "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
     "stencils": ("Central", "Forward", "Stencil"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -63,6 +63,7 @@ __all__ = [
     "InPlace",
     "LowRank",
     "NonFiniteLoss",
+    "NormalizedSGD",
     "Objective",
     "PerExample",
     "Rademacher",

@@ -13,7 +13,7 @@ from zo_lightning.data import CIFAR10, MNIST, Digits, FashionMNIST, InMemoryData
 from zo_lightning.directions import Directions
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.evaluation import Evaluation
-from zo_lightning.optim import AdaMM, SignSGD  # noqa: F401  (subclasses)
+from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD  # noqa: F401  (subclasses)
 from zo_lightning.stencils import Stencil
 
 BASES: dict[str, type] = {

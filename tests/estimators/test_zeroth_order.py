@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from zo_lightning import Central, ForwardGradient, Gaussian, Rademacher, Sphere, ZerothOrder
+from zo_lightning import Backprop, Central, Forward, ForwardGradient, Gaussian, Rademacher, Sphere, ZerothOrder
 from zo_lightning.estimators import GradientEstimator
+from zo_lightning.stencils import Stencil
 
 
 def test_equals_a_plain_reference() -> None:
@@ -40,6 +41,31 @@ def test_the_error_of_a_central_difference_is_quadratic_in_mu() -> None:
     exact = slope(ForwardGradient(Rademacher(), seed=0))
     errors = [abs(slope(ZerothOrder(Rademacher(), Central(mu), seed=0)) - exact) for mu in (1e-2, 1e-3)]
     assert errors[0] / errors[1] == pytest.approx(100, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("stencil", "samples", "b"), [(Forward(1e-6), 8, 2), (Central(1e-6), 1, 2), (Central(1e-6), 1, 9)]
+)
+def test_the_error_is_what_directions_and_examples_give(stencil: Stencil, samples: int, b: int) -> None:
+    """E‖ĝ − g‖² = (d − 1)/q E‖G‖² + E‖G − g‖² with signs, G being the gradient of the batch."""
+    torch.manual_seed(0)
+    net = nn.Linear(9, 3).double()
+    x, y = torch.randn(40, 9).double(), torch.randn(40, 3).double() + 1
+
+    def gradient(chosen: torch.Tensor, estimator: GradientEstimator, step: int = 0) -> torch.Tensor:
+        estimator.backward(lambda: (net(x[chosen]) - y[chosen]).square().mean(), net, step)
+        return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+    g = gradient(torch.arange(40), Backprop())
+    each = torch.stack([gradient(torch.tensor([i]), Backprop()) for i in range(40)])
+    spread = (each - g).square().sum(1).mean() / b
+    expected = (len(g) - 1) / samples * (g.square().sum() + spread) + spread
+    estimator = ZerothOrder(Rademacher(), stencil, samples=samples, seed=0)
+    steps = 600
+    draws = torch.stack([gradient(torch.randint(40, (b,)), estimator, step) for step in range(steps)])
+    errors = (draws - g).square().sum(1)
+    # Four standard errors of the mean, as the sample shows them; twice the directions would be seven or more away.
+    assert (errors.mean() - expected).abs() < 4 * errors.std() / steps**0.5
 
 
 def test_the_seed_is_that_of_torch_unless_given() -> None:

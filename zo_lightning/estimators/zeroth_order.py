@@ -21,6 +21,11 @@ class ZerothOrder(GradientEstimator):
     ``cᵢ`` is the stencil's slope of the loss along ``uᵢ``. No autograd graph is built. With the sphere, ``q = 1`` and
     the forward difference it is the estimator of ZO-AdaMM (Chen et al., *ZO-AdaMM*, NeurIPS 2019).
 
+    What a batch of ``b`` examples should be: for ``q ≪ d`` the squared error of ``ĝ``, times the examples passed to
+    get it, is about ``d (s² + b ‖∇f‖²) (q + 1) / q`` with ``Forward`` and ``2 d (s² + b ‖∇f‖²)`` with ``Central``,
+    where ``s²`` is the mean squared distance of an example's gradient from their mean. So many forward differences on
+    a small batch cost half as much as central ones, and ``b`` below ``s² / ‖∇f‖²`` (hundreds, on MNIST) gains no more.
+
     Args:
         directions: the distribution of ``u``.
         stencil: the finite difference, and its ``mu``.
