@@ -16,6 +16,7 @@ import zo_lightning.callbacks  # noqa: F401  (subclasses)
 from zo_lightning.cli_errors import UserError, explain_parsing, innermost
 from zo_lightning.data import InMemoryDataModule
 from zo_lightning.modules import Classifier, TrainingDiverged
+from zo_lightning.snapshots import read_snapshots
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 
@@ -78,6 +79,12 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(TQDMProgressBar, "progress_bar")
         parser.set_defaults(_defaults())
+        parser.add_argument(
+            "--reference",
+            type=str | None,
+            default=None,
+            help="Folder of another run, for all callbacks that compare with one and were not given their own.",
+        )
         parser.link_arguments("data", "model.num_classes", compute_fn=_num_classes, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -101,7 +108,10 @@ class CLI(LightningCLI):
         off = {"checkpoint": "enable_checkpointing", "progress_bar": "enable_progress_bar"}
         wanted = [key for key in keys if options.get(off[key]) is not False and not options.get("barebones")]
         callbacks = [self._get(self.config_init, key) for key in wanted]
-        return self._instantiate_trainer({**options, **kwargs}, callbacks)
+        trainer = self._instantiate_trainer({**options, **kwargs}, callbacks)
+        if (reference := self._get(self.config, "reference")) is not None and self.subcommand == "fit":
+            _set_reference(trainer, reference)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Load the data and compare the checkpoint with the model, while nothing has been written."""
@@ -164,6 +174,20 @@ def _defaults() -> dict[str, Any]:
 
 def _num_classes(data: LightningDataModule) -> int:
     return getattr(data, "num_classes", 10)
+
+
+def _set_reference(trainer: Trainer, reference: str) -> None:
+    """Give a run to the callbacks that can compare with one."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    comparing = [callback for callback in callbacks if hasattr(callback, "reference")]
+    if not comparing:
+        raise UserError(f"reference '{reference}': no callback compares with it; add -c configs/callbacks/observe.yaml")
+    try:
+        read_snapshots(reference)
+    except FileNotFoundError as error:
+        raise UserError(f"reference: {error}") from error
+    for callback in comparing:
+        callback.reference = callback.reference or reference
 
 
 def _read_checkpoint(path: Any) -> dict[str, Any] | None:

@@ -173,7 +173,7 @@ def loss_noise(loss: Callable[[], Tensor] | Objective, module: nn.Module, width:
         seed: of the direction ``u``.
     """
     objective = _afresh(loss, module, seed)
-    params = trainable(module)
+    params: list[Tensor] = [*trainable(module)]
     saved = [p.detach().clone() for p in params]
     u = Gaussian().sample(params, seed, 0, 0)
     values = []

@@ -17,9 +17,9 @@ class WeightSimilarity(Callback):
     """Cosine similarity and L2 distance of the weights to another run's at the same epoch, and to their own start.
 
     Logs ``to_start/cosine/<name>`` and ``to_start/l2/<name>``, and with a reference ``to_reference/cosine/<name>``,
-    ``to_reference/l2/<name>`` and, for convolutions, ``to_reference/matched/<name>``: the cosine after the best matching
-    of filters, since equal filters may sit in different places. ``<name>`` is a weight's, or ``all``. The start is kept
-    with checkpoints, so they grow by the weights.
+    ``to_reference/l2/<name>`` and, for convolutions, ``to_reference/matched/<name>``: the cosine after the best
+    matching of filters, since equal filters may sit in different places. ``<name>`` is a weight's, or ``all``. The
+    start is kept with checkpoints, so they grow by the weights.
 
     Args:
         reference: folder of a run that was trained with ``WeightSnapshots``, or None.
