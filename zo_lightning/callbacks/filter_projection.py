@@ -57,8 +57,8 @@ class FilterProjection(Callback):
 
     @property
     def state_key(self) -> str:
-        """By the reference, since several instances are plausible."""
-        return self._generate_state_key(reference=self.reference)
+        """By the reference and the layers, since several instances are plausible."""
+        return self._generate_state_key(reference=self.reference, layers=self.layers)
 
     def state_dict(self) -> dict[str, Any]:
         """That of its own snapshots, where it takes any."""

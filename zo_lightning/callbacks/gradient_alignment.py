@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from zo_lightning.callbacks.reporting import log_scalars, say_once
 from zo_lightning.callbacks.weight_snapshots import check_at_least_1
+from zo_lightning.directions import Coordinate
 from zo_lightning.estimators import Backprop, GradientEstimator, PerExample
 from zo_lightning.measures import (
     WHOLE,
@@ -141,7 +142,8 @@ def _aligned(
     values = {f"cosine/{name}": value for name, value in cosine(estimate, gradient).items()}
     values |= {f"norm_ratio/{name}": value for name, value in norm_ratio(estimate, gradient).items()}
     values[f"expected_cosine/{WHOLE}"] = expected_cosine(estimator, d, examples=examples, spread=spread)
-    if not isinstance(estimator, PerExample):  # whose layers share noise in ways of their own
+    # The layers of these share noise in ways of their own.
+    if not isinstance(estimator, PerExample) and not isinstance(getattr(estimator, "directions", None), Coordinate):
         norms = norm(gradient)
         for name, g in gradient.items():
             share = (norms[name] / norms[WHOLE]) ** 2 if norms[WHOLE] else math.nan
