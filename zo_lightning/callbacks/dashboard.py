@@ -42,7 +42,8 @@ class Dashboard(Callback):
 
     A chart of the custom scalars page shows all runs, so that first and zeroth order are on one. The table has a row
     per run: ``d`` (trainable weights), ``estimator``, ``lr``, ``mu``, ``optimizer``, ``samples``, ``seed``, ``task``
-    (module and net) and ``u`` (directions), and the last values of ``metrics``. Other loggers get the same hyper-parameters by ``log_hyperparams``.
+    (module and net) and ``u`` (directions), and the last values of ``metrics``. Other loggers get the same
+    hyper-parameters by ``log_hyperparams``.
 
     Args:
         metrics: tags of the table's metrics. Runs of one table should name the same: TensorBoard takes those of one.

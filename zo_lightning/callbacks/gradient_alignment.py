@@ -28,6 +28,8 @@ from zo_lightning.modules import EstimatedGradient
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.stencils import Stencil
 
+_KINDS = ("cosine", "norm_ratio", "expected_cosine")
+
 
 class GradientAlignment(Callback):
     """Every n steps, the true gradient of the batch, by backpropagation, beside the estimate that is about to be used.
@@ -83,7 +85,7 @@ class GradientAlignment(Callback):
         objective = pl_module.objective if isinstance(pl_module, EstimatedGradient) else None
         estimator = pl_module.estimator if isinstance(pl_module, EstimatedGradient) else Backprop()
         if objective is None or isinstance(estimator, Backprop):
-            values = _aligned(estimate, estimate, estimator, len(estimate))
+            values = {f"{kind}/{name}": 1.0 for kind in _KINDS for name in (*estimate, WHOLE)}
         else:
             try:
                 values = _measured(pl_module, objective, estimator, estimate)

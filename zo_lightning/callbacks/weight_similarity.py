@@ -57,7 +57,9 @@ class WeightSimilarity(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the start, and compare it with the reference's."""
         if trainer.global_step > 0 and self._start is None:
-            say_once(f"WeightSimilarity: the checkpoint has no start for it: to_start is from step {trainer.global_step}")
+            say_once(
+                f"WeightSimilarity: the checkpoint has no start for it: to_start is from step {trainer.global_step}"
+            )
         if trainer.global_step == 0 or self._start is None:
             self._start = {name: p.detach().cpu().clone() for name, p in pl_module.named_parameters()}
         if trainer.global_step == 0:
