@@ -1,4 +1,4 @@
-"""What ``configs/callbacks/observe.yaml`` costs at its default intervals: epoch times with and without, from one process.
+"""What ``configs/callbacks/observe.yaml`` costs at its default intervals: epochs with and without, from one process.
 
 Runs of ZO-AdaMM on MNIST with d = 169,000 weights take turns, so that the machine's moods meet both; the medians of
 their epochs, validation included, are compared. What happens once, when training ends (t-SNE), is told apart.
@@ -9,14 +9,15 @@ their epochs, validation included, are compared. What happens once, when trainin
 import argparse
 import contextlib
 import io
+import logging
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningModule, Trainer
 
 from zo_lightning.__main__ import main as zo_lightning
 
@@ -29,14 +30,14 @@ class Stopwatch(Callback):
     epochs: list[float] = []
     ends: list[float] = []
 
-    def on_train_epoch_start(self, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last = time.perf_counter()
 
-    def on_train_epoch_end(self, *_: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epochs.append(time.perf_counter() - self.last)
         self.last = time.perf_counter()
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.ends.append(time.perf_counter() - self.last)
 
 
@@ -63,9 +64,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="epochs per run (default: 3)")
     options = parser.parse_args()
     root = options.root.resolve()
+    logging.disable(logging.WARNING)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     ends: dict[bool, list[float]] = {False: [], True: []}
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
         for turn in range(options.rounds):
             for observed in (False, True) if turn % 2 == 0 else (True, False):
                 epochs, end = measure(root, options.epochs, observed)

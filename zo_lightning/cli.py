@@ -12,11 +12,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-import zo_lightning.callbacks  # noqa: F401  (subclasses)
+from zo_lightning.callbacks.weight_similarity import check_reference
 from zo_lightning.cli_errors import UserError, explain_parsing, innermost
 from zo_lightning.data import InMemoryDataModule
 from zo_lightning.modules import Classifier, TrainingDiverged
-from zo_lightning.snapshots import read_snapshots
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 
@@ -114,13 +113,19 @@ class CLI(LightningCLI):
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Load the data and compare the checkpoint with the model, while nothing has been written."""
+        """Load the data, and compare checkpoint and reference with the model, while nothing has been written."""
         if isinstance(self.datamodule, InMemoryDataModule):
             try:
                 self.datamodule.prepare_data()
                 self.datamodule.setup()
             except (ValueError, OSError) as error:
                 raise UserError(innermost(error)) from error
+        for callback in _callbacks(self.trainer):
+            if self.subcommand == "fit" and getattr(callback, "reference", None) is not None:
+                try:
+                    check_reference(callback.reference, dict(self.model.named_parameters()))
+                except MisconfigurationException as error:
+                    raise UserError(str(error)) from error
         if self.checkpoint is not None:
             _compare(self.checkpoint, self.model.state_dict(), str(self._get(self.config, "ckpt_path")))
         elif self.subcommand != "fit" and self._get(self.config, "ckpt_path") is None:
@@ -177,17 +182,16 @@ def _num_classes(data: LightningDataModule) -> int:
 
 
 def _set_reference(trainer: Trainer, reference: str) -> None:
-    """Give a run to the callbacks that can compare with one."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    comparing = [callback for callback in callbacks if hasattr(callback, "reference")]
+    """Give a run to the callbacks that can compare with one and have none."""
+    comparing = [callback for callback in _callbacks(trainer) if hasattr(callback, "reference")]
     if not comparing:
         raise UserError(f"reference '{reference}': no callback compares with it; add -c configs/callbacks/observe.yaml")
-    try:
-        read_snapshots(reference)
-    except FileNotFoundError as error:
-        raise UserError(f"reference: {error}") from error
     for callback in comparing:
         callback.reference = callback.reference or reference
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _read_checkpoint(path: Any) -> dict[str, Any] | None:

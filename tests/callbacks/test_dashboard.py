@@ -1,17 +1,18 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+from tensorboard.plugins.hparams import metadata
 
 from tests.callbacks.runs import Linear, automatic, batches, classifier, events, trainer, validation
 from zo_lightning.callbacks import Budget, Dashboard, GradientAlignment, WeightSimilarity
 from zo_lightning.callbacks.dashboard import LAYOUT
 
 
-def hparams(folder: Path) -> dict[str, plugin_data_pb2.HParamsPluginData]:
+def hparams(folder: Path) -> dict[str, Any]:
     found = events(folder).summary_metadata
     return {
         tag: metadata.parse_session_start_info_plugin_data(one.plugin_data.content)
@@ -27,7 +28,7 @@ def test_layout_and_hyperparameters(tmp_path: Path) -> None:
     callbacks = Dashboard(), Budget(), GradientAlignment(1), WeightSimilarity()
     trainer(tmp_path, *callbacks, logger=logger).fit(classifier(), batches(), validation())
     seen = events(Path(logger.log_dir))
-    layout = layout_pb2.Layout()
+    layout = layout_pb2.Layout()  # type: ignore[attr-defined]
     layout.ParseFromString(seen.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == list(LAYOUT)
     tags = seen.Tags()["scalars"]
@@ -43,7 +44,7 @@ def test_layout_and_hyperparameters(tmp_path: Path) -> None:
     start = hparams(Path(logger.log_dir))["_hparams_/session_start_info"]
     values = {
         name: value.string_value or value.number_value
-        for name, value in start.hparams.items()  # type: ignore[attr-defined]
+        for name, value in start.hparams.items()
     }
     d = sum(p.numel() for p in classifier().parameters())
     assert {name: value for name, value in values.items() if name != "seed"} == {

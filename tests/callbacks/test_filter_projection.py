@@ -7,7 +7,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig  # type: ignore[attr-defined]
 
 from tests.callbacks.runs import Linear, batches, classifier, events, first_order, net, trainer
 from zo_lightning.callbacks import FilterProjection, WeightSnapshots
@@ -101,7 +101,7 @@ def test_no_convolution_and_no_such_reference(reference: Path, tmp_path: Path) -
 def test_bad_arguments() -> None:
     for name, value in {"every_n_epochs": 0, "max_filters": 0, "max_points": 9}.items():
         with pytest.raises(ValueError, match=f"{name} must be at least"):
-            FilterProjection(**{name: value})
+            FilterProjection(**{name: value})  # type: ignore[arg-type]
 
 
 def test_figures_are_pictures(tmp_path: Path) -> None:

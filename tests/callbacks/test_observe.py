@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from google.protobuf import text_format
 from PIL import Image
-from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig  # type: ignore[attr-defined]
 
 from tests.callbacks.runs import events
 from zo_lightning.__main__ import main

@@ -120,6 +120,6 @@ def test_a_trial_run_writes_nothing(tmp_path: Path) -> None:
 def test_bad_arguments() -> None:
     for name in ("every_n_epochs", "every_n_steps", "keep"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            WeightSnapshots(**{name: 0})
+            WeightSnapshots(**{name: 0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one of every_n_epochs and every_n_steps must be given"):
         WeightSnapshots(None)
