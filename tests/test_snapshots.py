@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zo_lightning.snapshots import Snapshot, continue_snapshots, read_snapshots, write_snapshot
+from zo_lightning.snapshots import continue_snapshots, read_snapshots, write_snapshot
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -75,10 +75,13 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_history_is_continued_in_the_same_folder_and_in_another(tmp_path: Path) -> None:
-    old = [write_snapshot(tmp_path / "old", {"a": torch.tensor(float(step))}, step, step) for step in (0, 1, 2, 3)]
+    for step in (0, 1, 2, 3):
+        write_snapshot(tmp_path / "old", {"a": torch.tensor(float(step))}, step, step)
     assert continue_snapshots(tmp_path / "new", tmp_path / "old", [0, 1]) == set()
     assert steps(tmp_path / "new") == [0, 1]
     assert steps(tmp_path / "old") == [0, 1, 2, 3]
     assert continue_snapshots(tmp_path / "old", tmp_path / "old", [0, 1, 9]) == {9}
     assert steps(tmp_path / "old") == [0, 1]
-    assert isinstance(old[0], Snapshot)
+    with pytest.raises(FileExistsError, match="new' holds snapshots of another run"):
+        continue_snapshots(tmp_path / "new", tmp_path / "old", [0])
+    assert steps(tmp_path / "new") == [0, 1]

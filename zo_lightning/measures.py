@@ -196,9 +196,13 @@ def loss_noise(loss: Callable[[], Tensor] | Objective, module: nn.Module, width:
 def _sums(a: Tensors, b: Tensors, of: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
     """A bilinear or quadratic form of each pair of tensors as float64 vectors, and its sum under ``"all"``."""
     _check_alike(a, b)
-    pairs = {name: (x.detach().flatten().double(), b[name].detach().flatten().double()) for name, x in a.items()}
-    sums = {name: float(of(x, y.to(x.device))) for name, (x, y) in pairs.items()}
+    sums = {name: float(of(_vector(x), _vector(b[name].to(x.device)))) for name, x in a.items()}
     return {**sums, WHOLE: math.fsum(sums.values())}
+
+
+def _vector(x: Tensor) -> Tensor:
+    flat = x.detach().flatten()
+    return (flat.cpu() if flat.device.type == "mps" else flat).double()  # Apple's GPUs have no float64
 
 
 def _check_alike(a: Tensors, b: Tensors) -> None:

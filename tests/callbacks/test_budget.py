@@ -61,6 +61,21 @@ def test_it_goes_on_counting_after_a_resume(tmp_path: Path) -> None:
     assert 40 < logged["budget/seconds"][0][1] < 60
 
 
+def test_a_run_after_one_that_failed_draws_each_curve_once(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            if not trainer.global_step:
+                trainer.callbacks.remove(self)  # type: ignore[attr-defined]
+                raise RuntimeError("broken")
+
+    fit = trainer(tmp_path, Budget(), Fails(), logger=TensorBoardLogger(tmp_path))
+    with pytest.raises(RuntimeError, match="broken"):
+        fit.fit(automatic(), batches())
+    fit.fit(automatic(), batches())
+    assert len(fit.loggers) == 1
+    assert len(events(Path(fit.log_dir or "")).Scalars("by_forward_passes/budget/examples")) == 6
+
+
 def test_a_logger_without_pictures_gets_the_columns(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     trainer(tmp_path, Budget(), logger=logger).fit(automatic(), batches())

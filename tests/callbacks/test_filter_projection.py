@@ -41,7 +41,7 @@ def test_both_runs_in_one_embedding(reference: Path, tmp_path: Path) -> None:
     seen = events(folder)
     for layer in ("net.0.weight", "net.3.weight"):
         (event,) = seen.Images(f"filter_projection/{layer}")
-        assert (event.step, event.width) == (12, 1100)  # two panels
+        assert (event.step, event.width) == (12, 1120)  # two panels
     points, labels = embeddings(folder)["filters/net.0.weight:00012"]
     assert points.shape == (2 * 4 * 3, 27)  # runs, filters, snapshots; weights of a filter
     assert labels[0] == ["run", "layer", "filter", "epoch"]
@@ -107,5 +107,5 @@ def test_bad_arguments() -> None:
 def test_figures_are_pictures(tmp_path: Path) -> None:
     trainer(tmp_path, FilterProjection(), max_epochs=1).fit(classifier(), batches())
     picture = Image.open(tmp_path / "images/filter_projection/net.0.weight/step=000000006.png")
-    assert picture.size == (550, 500)  # eight points: too few for t-SNE
+    assert picture.size == (560, 532)  # eight points: too few for t-SNE
     assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10

@@ -1,4 +1,8 @@
-"""``configs/callbacks/observe.yaml``: what two runs on MNIST leave behind, and how TensorBoard shows it in a browser."""
+"""``configs/callbacks/observe.yaml``: what two runs on MNIST leave behind, and how TensorBoard shows it in a browser.
+
+The pictures in the documentation are screenshots of these tests, with whole epochs in place of short ones:
+    OBSERVE="--trainer.max_epochs 3" SCREENSHOTS=docs python -m pytest tests/callbacks/test_observe.py
+"""
 
 import os
 import shlex
@@ -34,7 +38,7 @@ FILTERS = ("net.conv1.weight", "net.conv2.weight")
 def logs(mnist_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A first-order run, and a zeroth-order one that is compared with it."""
     folder = tmp_path_factory.mktemp("observed")
-    short = os.environ.get("OBSERVE_WORDS", SHORT)  # for the pictures in the documentation: whole epochs
+    short = os.environ.get("OBSERVE", SHORT)
     common = f"fit -c {CONFIGS}/mnist.yaml -c {CONFIGS}/callbacks/observe.yaml --data.root {mnist_root} {short} {QUIET}"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -139,7 +143,7 @@ def chromium() -> Iterator[Any]:
         "--disable-sync",
         "--no-first-run",
         "--enable-unsafe-swiftshader",  # the projector draws by WebGL
-        "--window-size=1400,1100",
+        "--window-size=1200,1000",
     ):
         options.add_argument(argument)
     # Selenium gives each driver a profile of its own.
@@ -154,8 +158,9 @@ def tensorboard(logs: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--port", str(port)]
-    server = subprocess.Popen([*command, "--host", "127.0.0.1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", logs.name, "--port", str(port)]
+    command += ["--host", "127.0.0.1"]
+    server = subprocess.Popen(command, cwd=logs.parent, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:

@@ -96,6 +96,32 @@ def test_two_runs_in_one_folder_are_refused_and_the_first_is_kept(tmp_path: Path
     assert steps(tmp_path) == [0, 6]
 
 
+def test_a_run_continued_where_another_one_lies_is_refused(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=3)
+    options = {"max_steps": 3, "enable_checkpointing": True}
+    trainer(tmp_path / "a", WeightSnapshots(), checkpoint, **options).fit(classifier(), batches())
+    trainer(tmp_path / "b", WeightSnapshots(), max_epochs=1).fit(classifier(), batches())
+    with pytest.raises(MisconfigurationException, match="holds snapshots of another run"):
+        resumed = trainer(tmp_path / "b", WeightSnapshots())
+        resumed.fit(classifier(), batches(), ckpt_path=checkpoint.best_model_path)
+    assert steps(tmp_path / "b") == [0, 6]
+
+
+def test_what_keep_has_deleted_since_the_checkpoint_is_said(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=6, save_top_k=-1, filename="{step}")
+    first = trainer(tmp_path, WeightSnapshots(keep=1), checkpoint, enable_checkpointing=True)
+    first.fit(classifier(), batches())
+    with pytest.warns(UserWarning, match=r"snapshots of steps \[6\] are no longer in "):
+        again = trainer(tmp_path, WeightSnapshots(keep=1), max_epochs=3)
+        again.fit(classifier(), batches(), ckpt_path=tmp_path / "ckpt" / "step=6.ckpt")
+    assert steps(tmp_path) == [0, 18]
+
+
+def test_several_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `WeightSnapshots`"):
+        trainer(tmp_path, WeightSnapshots(), WeightSnapshots(None, 5))
+
+
 def test_the_same_callback_in_a_second_run(tmp_path: Path) -> None:
     callback = WeightSnapshots()
     for name in ("first", "second"):

@@ -54,6 +54,7 @@ class Budget(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add the logger that draws against forward passes."""
         if stage == "fit" and trainer.loggers:
+            self.teardown(trainer, pl_module, stage)  # a run that failed has left its own
             trainer.loggers = [*trainer.loggers, _AgainstForwardPasses(self, trainer)]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -165,13 +165,14 @@ def trajectories_figure(title: str, tracks: Sequence[Track]) -> Any:
     panels = {"PCA": _pca(points)}
     if len(points) > 10:
         panels["t-SNE"] = _tsne(points)
-    figure = Figure(figsize=(5.5 * len(panels), 5), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 3.8), dpi=140, layout="constrained")
+    colours = colormaps["tab10" if max(track.filter for track in tracks) < 10 else "tab20"]
     runs = list(dict.fromkeys(track.run for track in tracks))
     styles = dict(zip(runs, ("-", "--", ":"), strict=False))
     for axes, (method, plane) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
         ends = np.cumsum([len(track.path) for track in tracks])
         for track, xy in zip(tracks, np.split(plane, ends[:-1]), strict=True):
-            colour = colormaps["tab20"](track.filter % 20)
+            colour = colours(track.filter % colours.N)
             axes.plot(*xy.T, styles[track.run], color=colour, linewidth=1, marker=".", markersize=3)
             axes.plot(*xy[0], "o", color=colour, markersize=9, markerfacecolor="white", zorder=3)
             axes.plot(*xy[-1], "X", color=colour, markersize=9, markeredgecolor="black", zorder=4)
