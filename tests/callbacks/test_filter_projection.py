@@ -42,7 +42,7 @@ def test_both_runs_in_one_embedding(reference: Path, tmp_path: Path) -> None:
     for layer in ("net.0.weight", "net.3.weight"):
         (event,) = seen.Images(f"filter_projection/{layer}")
         assert (event.step, event.width) == (12, 1120)  # two panels
-    points, labels = embeddings(folder)["filters/net.0.weight:00012"]
+    points, labels = embeddings(folder)["net.0.weight:00012"]
     assert points.shape == (2 * 4 * 3, 27)  # runs, filters, snapshots; weights of a filter
     assert labels[0] == ["run", "layer", "filter", "epoch"]
     assert len(labels) == 1 + len(points)
@@ -66,7 +66,7 @@ def test_layers_filters_and_points_are_limited(tmp_path: Path) -> None:
     projection = FilterProjection(layers=["*.3.*"], max_filters=1, max_points=10)
     trainer(tmp_path, projection, logger=logger, max_epochs=30, limit_train_batches=1).fit(classifier(), batches())
     ((name, (points, labels)),) = embeddings(Path(logger.log_dir)).items()
-    assert name.startswith("filters/net.3.weight")
+    assert name.startswith("net.3.weight")
     assert len(points) == 10
     assert (labels[1][3], labels[-1][3]) == ("0", "30")  # start and end are among them
 
@@ -96,6 +96,14 @@ def test_no_convolution_and_no_such_reference(reference: Path, tmp_path: Path) -
         trainer(tmp_path, FilterProjection("nowhere")).fit(classifier(), batches())
     with pytest.raises(MisconfigurationException, match="is of another net: net.0.weight has shape"):
         trainer(tmp_path, FilterProjection(str(reference))).fit(classifier(of=net(1)), batches(channels=1))
+
+
+def test_a_run_too_short_for_a_snapshot_is_no_error(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=3)
+    trainer(tmp_path, checkpoint, max_steps=3, enable_checkpointing=True).fit(classifier(), batches())
+    with pytest.warns(UserWarning, match="FilterProjection draws nothing: run '.*' does not exist"):
+        late = trainer(tmp_path, FilterProjection(), max_steps=5)
+        late.fit(classifier(), batches(), ckpt_path=checkpoint.best_model_path)
 
 
 def test_bad_arguments() -> None:

@@ -154,6 +154,34 @@ def test_a_loss_without_gradient_is_said_once(tmp_path: Path) -> None:
     assert not (tmp_path / "scalars.csv").exists()
 
 
+class Flat(Linear):
+    """A loss that is zero, and so is its gradient."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self.inner(batch[0][:, 0, 0]).mean() * 0
+
+
+class EstimatedFlat(EstimatedGradient, Flat):
+    estimator = ZerothOrder(seed=0)
+
+
+def test_a_gradient_of_zero(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    trainer(tmp_path, GradientAlignment(1), max_epochs=1).fit(EstimatedFlat(), batches())
+    assert scalars(tmp_path).keys() == {"alignment/seconds", "alignment/expected_cosine/all"}
+    assert not [warning for warning in recwarn if "GradientAlignment" in str(warning.message)]
+
+
+class EstimatedHalf(EstimatedGradient, Linear):
+    estimator = ZerothOrder(stencil=Central(1e-2), seed=0)
+
+
+def test_weights_of_low_precision_have_a_high_noise_floor(tmp_path: Path) -> None:
+    for name, dtype in (("half", torch.bfloat16), ("single", torch.float32)):
+        trainer(tmp_path / name, GradientAlignment(1), max_epochs=1).fit(EstimatedHalf(dtype), batches())
+    floors = [scalars(tmp_path / name)["alignment/noise_floor"][0][1] for name in ("half", "single")]
+    assert floors[0] > 100 * floors[1]  # the precisions are 2^-8 and 2^-24
+
+
 def test_a_step_that_is_skipped_is_left_out(tmp_path: Path) -> None:
     class Poison(Callback):
         def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
@@ -163,7 +191,7 @@ def test_a_step_that_is_skipped_is_left_out(tmp_path: Path) -> None:
     module = classifier(of=nn.Sequential(nn.Flatten(), nn.Linear(192, 3)))
     trainer(tmp_path, GradientAlignment(1), Poison(), max_epochs=1).fit(module, batches())
     assert [step for step, _ in scalars(tmp_path)["alignment/cosine/all"]] == [0, 1, 2, 3, 4]
-    assert module.objective is None
+    assert module.estimated_objective is None
 
 
 def test_its_cost_goes_on_after_a_resume() -> None:

@@ -89,7 +89,7 @@ def test_images_decode(logs: Path, run: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("run", "runs"), [("first_order", 1), ("zeroth_order", 2)])
 def test_the_files_of_the_projector_load(logs: Path, run: str, runs: int) -> None:
     config = text_format.Parse((logs / run / "projector_config.pbtxt").read_text(), ProjectorConfig())
-    assert [one.tensor_name.partition(":")[0] for one in config.embeddings] == [f"filters/{name}" for name in FILTERS]
+    assert [one.tensor_name.partition(":")[0] for one in config.embeddings] == list(FILTERS)
     for one, weights in zip(config.embeddings, (25, 27), strict=True):
         points = np.loadtxt(logs / run / one.tensor_path)
         labels = (logs / run / one.metadata_path).read_text().splitlines()
@@ -190,7 +190,7 @@ PAGES = {
     "images": ["first_order", "zeroth_order", "filter_projection/net.conv1.weight", "filters"],
     "custom_scalars": ["first_order", "zeroth_order", "Losses", "training loss", "validation accuracy", "cosine"],
     "hparams": ["first_order", "zeroth_order", "estimator", "ZerothOrder", "Backprop", "optimizer", "AdaMM", "val/acc"],
-    "projector": ["first_order", "zeroth_order", "filters/net.conv1.weight:", "layer", "epoch"],
+    "projector": ["first_order", "zeroth_order", "net.conv1.weight:", "layer", "epoch"],
 }
 
 

@@ -108,10 +108,15 @@ class FilterProjection(Callback):
         runs = {"this run": run_folder(trainer) / FOLDER}
         if self.reference is not None:
             runs["reference"] = Path(self.reference)
+        try:
+            histories = {run: read_snapshots(folder) for run, folder in runs.items()}
+        except FileNotFoundError as error:  # the run was too short, or the reference is gone
+            say_once(f"FilterProjection draws nothing: {error}")
+            return
         names = list(layers)
         tracks: dict[str, list[Track]] = {name: [] for name in names}
-        for run, folder in runs.items():
-            snapshots = self._thinned(read_snapshots(folder), max(map(self._shown, layers.values())) * len(runs))
+        for run, history in histories.items():
+            snapshots = self._thinned(history, max(map(self._shown, layers.values())) * len(runs))
             weights = [snapshot.load(names) for snapshot in snapshots]
             for name in names:
                 for index in range(self._shown(layers[name])):
@@ -215,10 +220,10 @@ def _write_projector(trainer: Trainer, name: str, tracks: Sequence[Track]) -> No
                 metadata=labels,
                 metadata_header=["run", "layer", "filter", "epoch"],
                 global_step=trainer.global_step,
-                tag=f"filters/{name}",
+                tag=name,
             )
 
 
 def _is_written(writer: Any, name: str, step: int) -> bool:
     folder = getattr(writer, "log_dir", None)
-    return folder is not None and any(Path(folder, f"{step:05d}").glob(f"*{name}"))
+    return folder is not None and Path(folder, f"{step:05d}", name).exists()

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
 from torch.optim import Optimizer
 
 from zo_lightning.callbacks.reporting import log_scalars, say_once
@@ -44,7 +43,7 @@ class GradientAlignment(Callback):
     Each time costs a forward and a backward pass, and seven forward passes for the rounding errors: their seconds so
     far are ``alignment/seconds``. Training is not affected: weights are bit-identical with and without. Where ``.grad``
     is the true gradient already (automatic optimization, ``Backprop``) it is 1 by construction and nothing is asked
-    again. A loss without gradient is said once.
+    again. A loss whose gradient cannot be had is said once.
 
     Args:
         every_n_steps: optimizer steps from one time to the next, beginning at step 0.
@@ -82,19 +81,20 @@ class GradientAlignment(Callback):
             return
         began = time.perf_counter()
         estimate = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
-        objective = pl_module.objective if isinstance(pl_module, EstimatedGradient) else None
+        objective = pl_module.estimated_objective if isinstance(pl_module, EstimatedGradient) else None
         estimator = pl_module.estimator if isinstance(pl_module, EstimatedGradient) else Backprop()
         if objective is None or isinstance(estimator, Backprop):
             values = {f"{kind}/{name}": 1.0 for kind in _KINDS for name in (*estimate, WHOLE)}
         else:
             try:
-                values = _measured(pl_module, objective, estimator, estimate)
-            except ValueError as error:
+                gradient = true_gradient(objective, pl_module)
+            except NonFiniteLoss:  # the estimate avoided the point itself
+                return
+            except (ValueError, RuntimeError) as error:  # no gradient, an operation without one, or no memory for it
                 say_once(f"GradientAlignment does nothing: {error}")
                 self._impossible = True
                 return
-            except NonFiniteLoss:  # the estimate avoided the point itself
-                return
+            values = _measured(pl_module, objective, estimator, estimate, gradient)
         self.seconds += time.perf_counter() - began
         log_scalars(
             trainer, {f"alignment/{tag}": value for tag, value in values.items()} | {"alignment/seconds": self.seconds}
@@ -102,9 +102,8 @@ class GradientAlignment(Callback):
 
 
 def _measured(
-    module: Any, objective: Objective, estimator: GradientEstimator, estimate: dict[str, Tensor]
+    module: Any, objective: Objective, estimator: GradientEstimator, estimate: Tensors, gradient: Tensors
 ) -> dict[str, float]:
-    gradient = true_gradient(objective, module)
     gradient = {name: gradient[name] for name in estimate}
     d = float(sum(g.numel() for g in gradient.values()))
     examples, spread = 1, 1.0
@@ -123,8 +122,8 @@ def _measured(
         noise = loss_noise(
             objective.per_example if by_example else objective.loss, module, min(1e-5, mu / 100), objective.seed
         )
-        floor = noise * math.sqrt(sum(w * w for w in stencil.weights)) / slope if slope else math.inf
-        values |= {"noise_floor": floor, "slope_snr": mu / floor}
+        floor = noise * math.sqrt(sum(w * w for w in stencil.weights)) / slope if slope else math.nan
+        values |= {"noise_floor": floor, "slope_snr": mu / floor if floor else math.inf}
         if mu < floor:
             say_once(
                 f"GradientAlignment: mu={mu:g} is below the noise floor of the finite difference, {floor:.2g} at step "

@@ -108,7 +108,10 @@ def check_reference(reference: str | Path, weights: Tensors) -> None:
 
 def snapshot_at(run: str | Path, epoch: int) -> Snapshot | None:
     """The snapshot of a run at the end of an epoch, 0 for its start, or None where it has none."""
-    return next((s for s in read_snapshots(run) if s.epoch == epoch and not s.within_epoch), None)
+    try:
+        return next((s for s in read_snapshots(run) if s.epoch == epoch and not s.within_epoch), None)
+    except FileNotFoundError:  # it was there in setup; that is no reason to stop a run
+        return None
 
 
 def _compared(prefix: str, a: Tensors, b: Tensors) -> dict[str, float]:
