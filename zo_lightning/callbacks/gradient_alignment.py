@@ -105,44 +105,36 @@ def _measured(
     module: Any, objective: Objective, estimator: GradientEstimator, estimate: Tensors, gradient: Tensors
 ) -> dict[str, float]:
     gradient = {name: gradient[name] for name in estimate}
-    d = float(sum(g.numel() for g in gradient.values()))
-    examples, spread = 1, 1.0
-    by_example = isinstance(estimator, PerExample)
-    if by_example and objective.seen:
-        examples = len(objective.seen[-1])
-        d = _perturbed_dimensions(estimator, module)
-        spread = _spread(objective, module)
-    values = _aligned(estimate, gradient, estimator, d, examples, spread)
-    stencil = getattr(estimator, "stencil", None)
-    if stencil is not None:
-        mu = module.mu
-        slope = (
-            norm(gradient)[WHOLE] if not by_example else _slope_by_example(objective, stencil, mu, estimator.samples)
-        )
-        noise = loss_noise(
-            objective.per_example if by_example else objective.loss, module, min(1e-5, mu / 100), objective.seed
-        )
-        floor = noise * math.sqrt(sum(w * w for w in stencil.weights)) / slope if slope else math.nan
-        values |= {"noise_floor": floor, "slope_snr": mu / floor if floor else math.inf}
-        if mu < floor:
-            say_once(
-                f"GradientAlignment: mu={mu:g} is below the noise floor of the finite difference, {floor:.2g} at step "
-                f"{module.global_step}: most of what the slopes say is rounding error. Try mu={10 * floor:.0e}"
-            )
+    if isinstance(estimator, PerExample):
+        d, share = _perturbed(estimator, module, gradient)
+        expected = expected_cosine(estimator, d, share, len(objective.seen[-1]), _spread(objective, module))
+    else:
+        expected = expected_cosine(estimator, sum(g.numel() for g in gradient.values()))
+    values = {f"expected_cosine/{WHOLE}": expected, **_aligned(estimate, gradient, estimator)}
+    if hasattr(estimator, "stencil"):
+        values |= _finite_difference(module, objective, estimator, norm(gradient)[WHOLE])
     return values
 
 
-def _aligned(
-    estimate: Tensors,
-    gradient: Tensors,
-    estimator: GradientEstimator,
-    d: float,
-    examples: int = 1,
-    spread: float = 1.0,
-) -> dict[str, float]:
+def _finite_difference(module: Any, objective: Objective, estimator: Any, gradient_norm: float) -> dict[str, float]:
+    """The ``mu`` below which rounding errors outweigh the slopes, and how far the present one is above it."""
+    mu, stencil = module.mu, estimator.stencil
+    by_example = isinstance(estimator, PerExample)
+    slope = _slope_by_example(objective, stencil, mu, estimator.samples) if by_example else gradient_norm
+    loss = objective.per_example if by_example else objective.loss
+    noise = loss_noise(loss, module, min(1e-5, mu / 100), objective.seed)
+    floor = noise * math.sqrt(sum(w * w for w in stencil.weights)) / slope if slope else math.nan
+    if mu < floor:
+        say_once(
+            f"GradientAlignment: mu={mu:g} is below the noise floor of the finite difference, {floor:.2g} at step "
+            f"{module.global_step}: most of what the slopes say is rounding error. Try mu={10 * floor:.0e}"
+        )
+    return {"noise_floor": floor, "slope_snr": mu / floor if floor else math.inf}
+
+
+def _aligned(estimate: Tensors, gradient: Tensors, estimator: GradientEstimator) -> dict[str, float]:
     values = {f"cosine/{name}": value for name, value in cosine(estimate, gradient).items()}
     values |= {f"norm_ratio/{name}": value for name, value in norm_ratio(estimate, gradient).items()}
-    values[f"expected_cosine/{WHOLE}"] = expected_cosine(estimator, d, examples=examples, spread=spread)
     # The layers of these share noise in ways of their own.
     if not isinstance(estimator, PerExample) and not isinstance(getattr(estimator, "directions", None), Coordinate):
         norms = norm(gradient)
@@ -152,10 +144,17 @@ def _aligned(
     return values
 
 
-def _perturbed_dimensions(estimator: GradientEstimator, module: LightningModule) -> float:
-    """How many numbers a noise of one example has; the use of weights that makes the net's output gets none."""
+def _perturbed(estimator: GradientEstimator, module: LightningModule, gradient: Tensors) -> tuple[float, float]:
+    """How many numbers a noise of one example has, and the share of ``‖g‖²`` in the layers that get noise.
+
+    The one that makes the net's output gets none where its gradient is measured.
+    """
     known = estimator.state_dict(module)
-    return sum(dims for key, dims in known["dims"].items() if key != known["last"]) or 1.0
+    dimensions = sum(dims for key, dims in known["dims"].items() if key != known["last"]) or 1.0
+    squares = {name: value**2 for name, value in norm(gradient).items()}
+    layer = (known["last"] or "").rpartition(".")[0]
+    exact = sum(square for name, square in squares.items() if layer and name.rpartition(".")[0] == layer)
+    return dimensions, 1 - exact / squares[WHOLE] if squares[WHOLE] else math.nan
 
 
 def _spread(objective: Objective, module: LightningModule) -> float:
