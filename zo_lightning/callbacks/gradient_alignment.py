@@ -52,7 +52,7 @@ class GradientAlignment(Callback):
         ValueError: ``every_n_steps`` is below 1.
     """
 
-    def __init__(self, every_n_steps: int = 100) -> None:
+    def __init__(self, every_n_steps: int = 200) -> None:
         check_at_least_1(every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self.seconds = 0.0
