@@ -20,9 +20,9 @@ FLOORS = {
     "passes": 1,
     "estimators": 2,
     "modules": 3,
+    "cli_errors": 3,
+    "callbacks": 3,
     "study": 4,
-    "cli_errors": 4,
-    "callbacks": 4,
     "cli": 5,
     "__main__": 6,
 }

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from zo_lightning.cli_errors import UserError, explain_parsing, innermost
 from zo_lightning.data import InMemoryDataModule
 from zo_lightning.modules import Classifier, TrainingDiverged
+from zo_lightning.study.command import COMMANDS, report, study
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 
@@ -65,7 +67,9 @@ class CLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             parser_kwargs={
-                "description": "Train by forward passes or by backpropagation.",
+                "description": "Train by forward passes or by backpropagation. Beside the subcommands listed here there are "
+                + "; and ".join(f"`{name}`: {what}" for name, what in COMMANDS.items())
+                + ".",
                 **environment,
                 **by_subcommand,
             },
@@ -132,13 +136,23 @@ class CLI(LightningCLI):
 def main(args: list[str] | None = None) -> int:
     """Run a command line; return its exit code: 0, 1 where a run failed, 2 where it was not begun."""
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
+    words = sys.argv[1:] if args is None else args
     try:
+        if words[:1] == ["study"]:
+            return study(words[1:], fit)
+        if words[:1] == ["report"]:
+            return report(words[1:])
         CLI(args)
     except UserError as error:
         return _fail(error, 2)
     except (TrainingDiverged, MisconfigurationException) as error:
         return _fail(error, 1)
     return 0
+
+
+def fit(words: Sequence[str]) -> Trainer:
+    """Run ``fit`` with these words and return its trainer; what goes wrong is raised."""
+    return CLI(["fit", *words]).trainer
 
 
 def _fail(error: Exception, code: int) -> int:
