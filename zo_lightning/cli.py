@@ -141,7 +141,7 @@ def main(args: list[str] | None = None) -> int:
         if words[:1] == ["study"]:
             return study(words[1:], fit)
         if words[:1] == ["report"]:
-            return report(words[1:])
+            return report(words[1:], fit)
         CLI(args)
     except UserError as error:
         return _fail(error, 2)

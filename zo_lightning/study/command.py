@@ -64,8 +64,8 @@ def study(words: list[str], fit: Fit) -> int:
     return _print_outcomes(outcomes, folder, len(cells))
 
 
-def report(words: list[str]) -> int:
-    """Run the command line of ``report``; return its exit code.
+def report(words: list[str], fit: Fit) -> int:
+    """Run the command line of ``report``; return its exit code. ``fit`` is asked for 0 epochs: it builds nets and data.
 
     Raises:
         UserError: there is nothing to report on.
@@ -76,7 +76,7 @@ def report(words: list[str]) -> int:
     options = parser.parse_args(words)
     from zo_lightning.study.report import write_report
 
-    page = write_report(options.folder, options.output or options.folder / "report")
+    page = write_report(options.folder, options.output or options.folder / "report", fit)
     print(f"The report is {page}")
     return 0
 
