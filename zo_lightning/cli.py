@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+import zo_lightning.callbacks  # noqa: F401  (subclasses)
 from zo_lightning.cli_errors import UserError, explain_parsing, innermost
 from zo_lightning.data import InMemoryDataModule
 from zo_lightning.modules import Classifier, TrainingDiverged

@@ -31,6 +31,7 @@ class Objective:
 
     Attributes:
         forward_passes: what the calls so far cost, in forward passes of the batch.
+        seen: the losses [B] that these passes gave, where they were asked by ``losses``.
     """
 
     def __init__(self, loss: Callable[[], Tensor], module: nn.Module, seed: int = 0) -> None:
@@ -38,6 +39,8 @@ class Objective:
         self.module = module
         self.seed = seed
         self.forward_passes = 0
+        self.seen: list[Tensor] = []
+        self._cost = 0
         self._buffers = _Buffers(module)
         self._after_first: _Buffers | None = None
         devices = {p.device for p in module.parameters()} | {torch.device("cpu")}
@@ -76,6 +79,8 @@ class Objective:
             )
         losses = losses.detach()
         check_loss(losses)
+        if self._cost:
+            self.seen.append(losses)
         return losses
 
     def per_example(self) -> Tensor:
@@ -85,6 +90,7 @@ class Objective:
     @contextmanager
     def probe(self, cost: int = 1) -> Iterator[None]:
         """Guard one forward pass, for estimators that call ``loss`` themselves; it counts as ``cost``."""
+        self._cost = cost
         try:
             with torch.no_grad(), _seeded(self._generators, self.seed), _full_float32():
                 yield

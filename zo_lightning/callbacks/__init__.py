@@ -1,1 +1,21 @@
 """Callbacks, one per file: each watches or steers a run with any module and any estimator, and can be left out."""
+
+from zo_lightning.callbacks.budget import Budget
+from zo_lightning.callbacks.dashboard import Dashboard
+from zo_lightning.callbacks.filter_images import FilterImages
+from zo_lightning.callbacks.filter_projection import FilterProjection
+from zo_lightning.callbacks.gradient_alignment import GradientAlignment
+from zo_lightning.callbacks.reporting import log_image
+from zo_lightning.callbacks.weight_similarity import WeightSimilarity
+from zo_lightning.callbacks.weight_snapshots import WeightSnapshots
+
+__all__ = [
+    "Budget",
+    "Dashboard",
+    "FilterImages",
+    "FilterProjection",
+    "GradientAlignment",
+    "WeightSimilarity",
+    "WeightSnapshots",
+    "log_image",
+]

@@ -68,7 +68,7 @@ class AutomaticClassifier(LightningModule):
         if logs_now(self):
             self.log("train/loss", loss, prog_bar=True)
             self.log("train/acc", self.train_acc(logits, labels))
-        return {"loss": loss, "losses": losses.detach()}
+        return {"loss": loss, "losses": losses}
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the epoch's mean loss."""

@@ -58,6 +58,8 @@ class EstimatedGradient(_Module):
         max_skipped_in_a_row: skipped steps in a row after which training stops.
         forward_passes: forward passes of a batch spent so far; backpropagation counts three per step.
         skipped_steps: steps skipped so far.
+        objective: while the optimizer steps, the loss that ``.grad`` was estimated from, for callbacks that ask it
+            again in ``on_before_optimizer_step``; otherwise None.
 
     Raises:
         TrainingDiverged: in ``training_step``, at the last of ``max_skipped_in_a_row`` skipped steps.
@@ -75,6 +77,7 @@ class EstimatedGradient(_Module):
         self.automatic_optimization = False
         self.forward_passes = 0
         self.skipped_steps = 0
+        self.objective: Objective | None = None
         self._skipped_in_a_row = 0
         self._monitors: dict[int, _Monitor] = {}
 
@@ -98,7 +101,7 @@ class EstimatedGradient(_Module):
         else:
             self._skipped_in_a_row = 0
             objective.commit()
-            self._step()
+            self._step(objective)
             objective.replace_loss(loss)
         self.forward_passes += objective.forward_passes
         self._step_schedulers(batch_idx)
@@ -185,11 +188,15 @@ class EstimatedGradient(_Module):
         object.__setattr__(present, "stencil", replace(stencil, mu=mu))
         return present
 
-    def _step(self) -> None:
+    def _step(self, objective: Objective) -> None:
         optimizer: Any = self.optimizers()
         if self.gradient_clip_val is not None:
             self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_val, gradient_clip_algorithm="norm")
-        optimizer.step()
+        self.objective = objective
+        try:
+            optimizer.step()
+        finally:
+            self.objective = None
 
     def _skip(self, error: NonFiniteLoss) -> None:
         self.skipped_steps += 1

@@ -1,0 +1,104 @@
+"""How TensorBoard arranges a run's curves, and what its table of runs can be sorted by."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from zo_lightning.callbacks.budget import PREFIX
+from zo_lightning.callbacks.reporting import tensorboards
+from zo_lightning.modules import EstimatedGradient
+
+_EQUAL_COST = PREFIX.rstrip("/")
+LAYOUT = {
+    "Losses": {
+        "training loss": ["Multiline", ["^train/loss$", "^train_loss$"]],
+        "validation loss": ["Multiline", ["^val/loss$", "^val_loss$"]],
+    },
+    "Accuracy": {
+        "validation accuracy": ["Multiline", ["^val/acc$", "^val_acc$"]],
+        "training accuracy": ["Multiline", ["^train/acc$", "^train_acc$"]],
+    },
+    "At equal cost (x: forward passes)": {
+        "training loss": ["Multiline", [f"^{_EQUAL_COST}/train/loss$"]],
+        "validation accuracy": ["Multiline", [f"^{_EQUAL_COST}/val/acc$"]],
+    },
+    "Alignment with the true gradient": {
+        "cosine": ["Multiline", ["^alignment/cosine/all$", "^alignment/expected_cosine/all$"]],
+        "signal to noise of the slope": ["Multiline", ["^alignment/slope_snr$"]],
+    },
+    "Weights": {
+        "cosine to the reference run": ["Multiline", ["^to_reference/cosine/all$"]],
+        "distance from the start": ["Multiline", ["^to_start/l2/all$"]],
+    },
+}
+"""Category -> chart -> the tags on it, as regular expressions. A chart shows all selected runs."""
+
+
+class Dashboard(Callback):
+    """Arranges TensorBoard's custom scalars page and fills its table of hyper-parameters.
+
+    A chart of the custom scalars page shows all runs, so that first and zeroth order are on one. The table has a row
+    per run: module, net, estimator, optimizer, d (trainable weights), learning rate, mu, samples and seed, and the last
+    values of ``metrics``. Other loggers get the same hyper-parameters by ``log_hyperparams``.
+
+    Args:
+        metrics: tags of the table's metrics. Runs of one table should name the same: TensorBoard takes those of one.
+    """
+
+    def __init__(
+        self, metrics: Sequence[str] = ("val/acc", "val/loss", "train/loss", "budget/forward_passes", "budget/seconds")
+    ) -> None:
+        self.metrics = tuple(metrics)
+
+    @property
+    def state_key(self) -> str:
+        """One dashboard per run."""
+        return type(self).__qualname__
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the layout and the hyper-parameters."""
+        if not trainer.is_global_zero:
+            return
+        writers = tensorboards(trainer)
+        parameters = hyperparameters(trainer, pl_module)
+        for writer in writers:
+            writer.add_custom_scalars(LAYOUT)
+            experiment, start, _ = _summaries(parameters, self.metrics)
+            writer._get_file_writer().add_summary(experiment)
+            writer._get_file_writer().add_summary(start)
+        for logger in trainer.loggers:
+            if getattr(logger, "experiment", None) not in writers:
+                logger.log_hyperparams(parameters)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mark the run as finished."""
+        if trainer.is_global_zero:
+            for writer in tensorboards(trainer):
+                writer._get_file_writer().add_summary(_summaries({}, self.metrics)[2])
+
+
+def hyperparameters(trainer: Trainer, module: LightningModule) -> dict[str, str | float]:
+    """What tells runs apart. The keys are the same for all, as TensorBoard's table wants: it takes those of one run."""
+    estimator = module.estimator if isinstance(module, EstimatedGradient) else None
+    optimizer: Any = trainer.optimizers[0] if trainer.optimizers else None
+    net = getattr(module, "net", None)
+    return {
+        "module": type(module).__name__,
+        "net": type(net).__name__ if net is not None else "",
+        "estimator": type(estimator).__name__ if estimator is not None else "Backprop",
+        "directions": type(getattr(estimator, "directions", None)).__name__.replace("NoneType", ""),
+        "optimizer": type(optimizer).__name__,
+        "d": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "lr": optimizer.param_groups[0].get("lr", 0.0) if optimizer is not None else 0.0,
+        "mu": getattr(module, "mu", None) or 0.0,
+        "samples": getattr(estimator, "samples", 0),
+        "seed": torch.initial_seed(),
+    }
+
+
+def _summaries(parameters: dict[str, Any], metrics: Sequence[str]) -> tuple[Any, Any, Any]:
+    from torch.utils.tensorboard.summary import hparams  # slow to import
+
+    return hparams(parameters, dict.fromkeys(metrics, 0.0))

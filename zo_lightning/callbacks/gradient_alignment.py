@@ -1,0 +1,170 @@
+"""How well an estimate points along the true gradient, and what theory and rounding allow."""
+
+import math
+import time
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zo_lightning.callbacks.reporting import log_scalars, say_once
+from zo_lightning.callbacks.weight_snapshots import check_at_least_1
+from zo_lightning.estimators import Backprop, GradientEstimator, PerExample
+from zo_lightning.measures import (
+    WHOLE,
+    Tensors,
+    cosine,
+    expected_cosine,
+    gradient_spread,
+    loss_noise,
+    norm,
+    norm_ratio,
+    true_gradient,
+)
+from zo_lightning.modules import EstimatedGradient
+from zo_lightning.objective import NonFiniteLoss, Objective
+from zo_lightning.stencils import Stencil
+
+
+class GradientAlignment(Callback):
+    """Every n steps, the true gradient of the batch, by backpropagation, beside the estimate that is about to be used.
+
+    Logs ``alignment/cosine/<name>`` and ``alignment/norm_ratio/<name>`` (‖ĝ‖ / ‖g‖), per weight and for ``all``; the
+    cosine that theory predicts, ``alignment/expected_cosine/<name>`` (``measures.expected_cosine``); and for finite
+    differences ``alignment/noise_floor``, the ``mu`` at which rounding errors of the loss make slopes as large as the
+    true ones, and ``alignment/slope_snr``, how far ``mu`` is above it. The rounding errors are measured
+    (``measures.loss_noise``), the slopes are ``‖g‖`` for a direction of the whole batch and the root mean square of
+    those of the step for one per example. ``mu`` below the floor is warned of.
+
+    Each time costs a forward and a backward pass, and seven forward passes for the rounding errors: their seconds so
+    far are ``alignment/seconds``. Training is not affected: weights are bit-identical with and without. Where ``.grad``
+    is the true gradient already (automatic optimization, ``Backprop``) it is 1 by construction and nothing is asked
+    again. A loss without gradient is said once.
+
+    Args:
+        every_n_steps: optimizer steps from one time to the next, beginning at step 0.
+
+    Raises:
+        ValueError: ``every_n_steps`` is below 1.
+    """
+
+    def __init__(self, every_n_steps: int = 100) -> None:
+        check_at_least_1(every_n_steps=every_n_steps)
+        self.every_n_steps = every_n_steps
+        self.seconds = 0.0
+        self._impossible = False
+
+    @property
+    def state_key(self) -> str:
+        """By the interval, since several instances are plausible."""
+        return self._generate_state_key(every_n_steps=self.every_n_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has cost so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.seconds = state_dict["seconds"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """A loss that had no gradient in another run may have one in this."""
+        self._impossible = False
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Compare, while ``.grad`` holds the estimate."""
+        if self._impossible or trainer.global_step % self.every_n_steps:
+            return
+        began = time.perf_counter()
+        estimate = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+        objective = pl_module.objective if isinstance(pl_module, EstimatedGradient) else None
+        estimator = pl_module.estimator if isinstance(pl_module, EstimatedGradient) else Backprop()
+        if objective is None or isinstance(estimator, Backprop):
+            values = _aligned(estimate, estimate, estimator, len(estimate))
+        else:
+            try:
+                values = _measured(pl_module, objective, estimator, estimate)
+            except ValueError as error:
+                say_once(f"GradientAlignment does nothing: {error}")
+                self._impossible = True
+                return
+            except NonFiniteLoss:  # the estimate avoided the point itself
+                return
+        self.seconds += time.perf_counter() - began
+        log_scalars(
+            trainer, {f"alignment/{tag}": value for tag, value in values.items()} | {"alignment/seconds": self.seconds}
+        )
+
+
+def _measured(
+    module: Any, objective: Objective, estimator: GradientEstimator, estimate: dict[str, Tensor]
+) -> dict[str, float]:
+    gradient = true_gradient(objective, module)
+    gradient = {name: gradient[name] for name in estimate}
+    d = float(sum(g.numel() for g in gradient.values()))
+    examples, spread = 1, 1.0
+    by_example = isinstance(estimator, PerExample)
+    if by_example and objective.seen:
+        examples = len(objective.seen[-1])
+        d = _perturbed_dimensions(estimator, module)
+        spread = _spread(objective, module)
+    values = _aligned(estimate, gradient, estimator, d, examples, spread)
+    stencil = getattr(estimator, "stencil", None)
+    if stencil is not None:
+        mu = module.mu
+        slope = (
+            norm(gradient)[WHOLE] if not by_example else _slope_by_example(objective, stencil, mu, estimator.samples)
+        )
+        noise = loss_noise(
+            objective.per_example if by_example else objective.loss, module, min(1e-5, mu / 100), objective.seed
+        )
+        floor = noise * math.sqrt(sum(w * w for w in stencil.weights)) / slope if slope else math.inf
+        values |= {"noise_floor": floor, "slope_snr": mu / floor}
+        if mu < floor:
+            say_once(
+                f"GradientAlignment: mu={mu:g} is below the noise floor of the finite difference, {floor:.2g} at step "
+                f"{module.global_step}: most of what the slopes say is rounding error. Try mu={10 * floor:.0e}"
+            )
+    return values
+
+
+def _aligned(
+    estimate: Tensors,
+    gradient: Tensors,
+    estimator: GradientEstimator,
+    d: float,
+    examples: int = 1,
+    spread: float = 1.0,
+) -> dict[str, float]:
+    values = {f"cosine/{name}": value for name, value in cosine(estimate, gradient).items()}
+    values |= {f"norm_ratio/{name}": value for name, value in norm_ratio(estimate, gradient).items()}
+    values[f"expected_cosine/{WHOLE}"] = expected_cosine(estimator, d, examples=examples, spread=spread)
+    if not isinstance(estimator, PerExample):  # whose layers share noise in ways of their own
+        norms = norm(gradient)
+        for name, g in gradient.items():
+            share = (norms[name] / norms[WHOLE]) ** 2 if norms[WHOLE] else math.nan
+            values[f"expected_cosine/{name}"] = expected_cosine(estimator, g.numel(), share)
+    return values
+
+
+def _perturbed_dimensions(estimator: GradientEstimator, module: LightningModule) -> float:
+    """How many numbers a noise of one example has; the use of weights that makes the net's output gets none."""
+    known = estimator.state_dict(module)
+    return sum(dims for key, dims in known["dims"].items() if key != known["last"]) or 1.0
+
+
+def _spread(objective: Objective, module: LightningModule) -> float:
+    try:
+        return gradient_spread(objective.per_example, module, objective.seed)
+    except ValueError:  # training_step detaches the losses of the examples: the best case
+        return 1.0
+
+
+def _slope_by_example(objective: Objective, stencil: Stencil, mu: float, samples: int) -> float:
+    """The root mean square of the slopes of the step's last passes."""
+    points = len(stencil.offsets)
+    losses = torch.stack(objective.seen[-samples * points :]).unflatten(0, (-1, points))
+    weights = losses.new_tensor(stencil.weights)
+    return float((losses.movedim(1, -1) @ weights / mu).square().mean().sqrt())

@@ -1,0 +1,113 @@
+"""How far the weights are from another run's, and from where they started."""
+
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from zo_lightning.callbacks.reporting import log_scalars, say_once
+from zo_lightning.callbacks.weight_snapshots import check_at_least_1
+from zo_lightning.measures import Tensors, cosine, l2_distance, matched
+from zo_lightning.snapshots import Snapshot, read_snapshots
+
+
+class WeightSimilarity(Callback):
+    """Cosine similarity and L2 distance of the weights to another run's at the same epoch, and to their own start.
+
+    Logs ``to_start/cosine/<name>`` and ``to_start/l2/<name>``, and with a reference ``to_reference/cosine/<name>``,
+    ``to_reference/l2/<name>`` and, for convolutions, ``to_reference/matched/<name>``: the cosine after the best matching
+    of filters, since equal filters may sit in different places. ``<name>`` is a weight's, or ``all``. The start is kept
+    with checkpoints, so they grow by the weights.
+
+    Args:
+        reference: folder of a run that was trained with ``WeightSnapshots``, or None.
+        every_n_epochs: epochs from one comparison to the next; the first is at epoch 0.
+
+    Raises:
+        ValueError: ``every_n_epochs`` is below 1.
+        MisconfigurationException: in ``setup``: the reference does not exist, has no snapshots, or has other weights.
+    """
+
+    def __init__(self, reference: str | None = None, every_n_epochs: int = 1) -> None:
+        check_at_least_1(every_n_epochs=every_n_epochs)
+        self.reference = reference
+        self.every_n_epochs = every_n_epochs
+        self._start: dict[str, Tensor] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """By the reference, since several instances are plausible."""
+        return self._generate_state_key(reference=self.reference)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights at the start."""
+        return {"start": self._start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the weights at the start."""
+        self._start = state_dict["start"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the reference can be compared with."""
+        if self.reference is not None and stage == "fit":
+            check_reference(self.reference, dict(pl_module.named_parameters()))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the start, and compare it with the reference's."""
+        if trainer.global_step == 0 or self._start is None:
+            self._start = {name: p.detach().cpu().clone() for name, p in pl_module.named_parameters()}
+        if trainer.global_step == 0:
+            self._compare(trainer, pl_module, 0)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Compare at the end of an epoch."""
+        if trainer.is_last_batch and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._compare(trainer, pl_module, trainer.current_epoch + 1)
+
+    def _compare(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        assert self._start is not None
+        weights = {name: p.detach().cpu() for name, p in module.named_parameters()}
+        values = _compared("to_start", weights, self._start) if epoch else {}
+        if self.reference is not None:
+            snapshot = snapshot_at(self.reference, epoch)
+            if snapshot is None:
+                say_once(
+                    f"reference '{self.reference}' has no snapshot of epoch {epoch}: nothing to compare with there"
+                )
+            else:
+                other = snapshot.load()
+                values |= _compared("to_reference", weights, other)
+                values |= {f"to_reference/matched/{name}": value for name, value in matched(weights, other).items()}
+        log_scalars(trainer, values)
+
+
+def check_reference(reference: str | Path, weights: Tensors) -> None:
+    """Raise MisconfigurationException unless a run has snapshots of weights of these names and shapes."""
+    try:
+        other = read_snapshots(reference)[0].load()
+    except (FileNotFoundError, ValueError) as error:
+        raise MisconfigurationException(f"reference: {error}") from error
+    for name in (*weights, *other):
+        if name not in weights or name not in other:
+            holder = "this one" if name in weights else "the reference"
+            raise MisconfigurationException(f"reference '{reference}' is of another net: only {holder} has {name}")
+        if weights[name].shape != other[name].shape:
+            raise MisconfigurationException(
+                f"reference '{reference}' is of another net: {name} has shape {tuple(other[name].shape)} there and "
+                f"{tuple(weights[name].shape)} here"
+            )
+
+
+def snapshot_at(run: str | Path, epoch: int) -> Snapshot | None:
+    """The snapshot of a run at the end of an epoch, 0 for its start, or None where it has none."""
+    return next((s for s in read_snapshots(run) if s.epoch == epoch and not s.within_epoch), None)
+
+
+def _compared(prefix: str, a: Tensors, b: Tensors) -> dict[str, float]:
+    return {f"{prefix}/cosine/{name}": value for name, value in cosine(a, b).items()} | {
+        f"{prefix}/l2/{name}": value for name, value in l2_distance(a, b).items()
+    }

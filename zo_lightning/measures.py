@@ -1,0 +1,231 @@
+"""What gradients and weights are compared by: pure functions of tensors by name, and gradients that leave no trace."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from zo_lightning.directions import Gaussian
+from zo_lightning.estimators import Backprop, GradientEstimator, PerExample
+from zo_lightning.estimators.base import trainable
+from zo_lightning.objective import Objective
+
+WHOLE = "all"
+"""The key of what is measured over all tensors together."""
+
+Tensors = Mapping[str, Tensor]
+
+
+def cosine(a: Tensors, b: Tensors) -> dict[str, float]:
+    """The cosine ``<a, b> / (‖a‖ ‖b‖)`` of each pair of tensors, and of all as one vector under ``"all"``.
+
+    NaN where a norm is zero. Sums are in float64.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    dots = _sums(a, b, lambda x, y: x @ y)
+    norms_a, norms_b = _sums(a, a, lambda x, _: x @ x), _sums(b, b, lambda x, _: x @ x)
+    return {name: _ratio(dot, math.sqrt(norms_a[name] * norms_b[name])) for name, dot in dots.items()}
+
+
+def l2_distance(a: Tensors, b: Tensors) -> dict[str, float]:
+    """The distance ``‖a − b‖`` of each pair of tensors, and of all as one vector under ``"all"``.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    return {name: math.sqrt(square) for name, square in _sums(a, b, lambda x, y: (x - y).square().sum()).items()}
+
+
+def norm_ratio(a: Tensors, b: Tensors) -> dict[str, float]:
+    """The ratio ``‖a‖ / ‖b‖`` of each pair of tensors, and of all as one vector under ``"all"``; NaN where b is zero.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    _check_alike(a, b)
+    return {name: _ratio(norm, norms) for (name, norm), norms in zip(norm(a).items(), norm(b).values(), strict=True)}
+
+
+def norm(a: Tensors) -> dict[str, float]:
+    """The norm ``‖a‖`` of each tensor, and of all as one vector under ``"all"``."""
+    return {name: math.sqrt(square) for name, square in _sums(a, a, lambda x, _: x @ x).items()}
+
+
+def match_filters(a: Tensor, b: Tensor) -> Tensor:
+    """The order [n] of the filters of ``b`` in which they resemble those of ``a`` most.
+
+    Filters are what lies along dimension 0. The order maximises ``Σᵢ <aᵢ, b_order(i)>``, hence also the cosine of the
+    two tensors, and minimises their distance (linear assignment, Kuhn 1955).
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
+    _check_alike({"filters": a}, {"filters": b})
+    gain = a.detach().flatten(1).double().cpu() @ b.detach().flatten(1).double().cpu().T
+    return torch.from_numpy(linear_sum_assignment(gain.numpy(), maximize=True)[1])
+
+
+def matched(a: Tensors, b: Tensors) -> dict[str, float]:
+    """The cosine of each pair of convolution weights (three dimensions or more) after optimal matching of filters.
+
+    Each layer is matched by itself: that its inputs are the filters of the layer before, in their order, is not used.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    _check_alike(a, b)
+    filters = [name for name, weight in a.items() if weight.ndim > 2]
+    ordered = {name: b[name][match_filters(a[name], b[name]).to(b[name].device)] for name in filters}
+    similar = cosine({name: a[name] for name in filters}, ordered)
+    return {name: similar[name] for name in filters}
+
+
+def true_gradient(loss: Callable[[], Tensor] | Objective, module: nn.Module) -> dict[str, Tensor]:
+    """The gradient of a loss by backpropagation, by name of the weight; weights that the loss does not use get zeros.
+
+    ``.grad``, the random state, buffers and train or eval mode are bit-identical to before. Under an ``Objective`` the
+    loss sees the same dropout masks as its probes; what this costs is not added to ``forward_passes``.
+
+    Raises:
+        ValueError: the loss has no gradient: nothing in it requires one.
+        NonFiniteLoss: the loss is NaN or infinite.
+    """
+    weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    with _differentiable(loss, module) as objective:
+        grads = torch.autograd.grad(_attached(objective.differentiable()), list(weights.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if grad is None else grad
+        for (name, p), grad in zip(weights.items(), grads, strict=True)
+    }
+
+
+def gradient_spread(losses: Callable[[], Tensor], module: nn.Module, seed: int = 0) -> float:
+    """How much larger the gradients of single examples are than their mean: ``R = mean ‖gᵢ‖² / ‖mean gᵢ‖²`` ≥ 1.
+
+    Both norms come from one backward pass each; that of the examples from their sum with random signs,
+    ``E ‖Σᵢ ±gᵢ‖² = Σᵢ ‖gᵢ‖²``, so it is unbiased, with the error of one sample.
+
+    Args:
+        losses: computes the loss of each example, [B], with its graph.
+        module: owns the weights.
+        seed: of the signs, and of what ``losses`` draws.
+
+    Raises:
+        ValueError: the losses have no gradient.
+        NonFiniteLoss: one is NaN or infinite.
+    """
+    weights = trainable(module)
+    with _differentiable(losses, module, seed) as objective:
+        each = _attached(objective.per_example())
+        signs = torch.randint(2, (len(each),), generator=torch.Generator().manual_seed(seed)).mul(2).sub(1).to(each)
+        sides = [
+            torch.autograd.grad((w * each).sum() / len(each), weights, retain_graph=True, allow_unused=True)
+            for w in (signs, torch.ones_like(signs))
+        ]
+    signed, mean = (sum(float(g.double().square().sum()) for g in side if g is not None) for side in sides)
+    return max(1.0, _ratio(len(each) * signed, mean))
+
+
+def expected_cosine(
+    estimator: GradientEstimator, d: int | float, share: float = 1.0, examples: int = 1, spread: float = 1.0
+) -> float:
+    """The cosine between an estimate and the gradient that theory predicts: ``‖g‖ / √E‖ĝ‖²``, as ``E ĝ = g``.
+
+    For isotropic directions, ``ĝ = (1/q) Σᵢ <g, uᵢ> uᵢ`` with ``E[u uᵀ] = I``, this is ``√(q / (d + q − 1))``: close to
+    ``√(q/d)`` for q ≪ d, and exactly the root mean square of the cosine for q = 1 and ``‖u‖² = d``. One layer of
+    ``d_l`` weights also gets the noise of all others: with its share ``s = ‖g_l‖² / ‖g‖²`` it is
+    ``√s / √(d_l/q + s(1 − 1/q))`` (not for ``Coordinate``, whose layers never meet). With a direction for every
+    example it is ``1 / √(1 + (d − 1) R / (q B))``, where ``d`` counts the perturbed dimensions of one example and
+    ``R`` is ``gradient_spread``; what feedback adds comes on top. Backpropagation: 1.
+
+    Args:
+        estimator: whose ``samples`` are ``q``.
+        d: dimensions that are perturbed.
+        share: ``s`` in [0, 1], of a layer.
+        examples: ``B``.
+        spread: ``R`` ≥ 1.
+    """
+    if isinstance(estimator, Backprop):
+        return 1.0
+    q = getattr(estimator, "samples", 1)
+    if isinstance(estimator, PerExample):
+        return 1 / math.sqrt(1 + (d - 1) * spread / (q * examples))
+    return math.sqrt(share / (d / q + share * (1 - 1 / q)))
+
+
+def loss_noise(loss: Callable[[], Tensor] | Objective, module: nn.Module, width: float, seed: int = 0) -> float:
+    """The standard deviation of the rounding errors in a loss, or in those of the single examples.
+
+    The loss is asked at seven points ``x + k h u`` of a line. Third differences remove its smooth part, and what is
+    left has ``20 σ²`` for variance (ECNoise; Moré & Wild, *Estimating computational noise*, 2011). It is at least the
+    rounding of the loss itself. Weights and all that ``Objective`` guards are bit-identical afterwards.
+
+    Args:
+        loss: returns the loss, or the loss of each example, [B].
+        module: owns the weights.
+        width: ``h``, the displacement of one weight; well below the ``mu`` of a finite difference.
+        seed: of the direction ``u``.
+    """
+    objective = _afresh(loss, module, seed)
+    params = trainable(module)
+    saved = [p.detach().clone() for p in params]
+    u = Gaussian().sample(params, seed, 0, 0)
+    values = []
+    try:
+        for k in range(7):
+            with torch.no_grad():
+                torch._foreach_copy_(params, saved)
+                torch._foreach_add_(params, u, alpha=k * width)
+            with objective.probe(cost=0):
+                values.append(objective.loss().detach().reshape(-1))
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(params, saved)
+    losses = torch.stack(values)
+    precision = max(torch.finfo(t.dtype).eps for t in (losses, *params))
+    rounding = precision * float(losses.double().square().mean().sqrt()) / math.sqrt(12)
+    return max(rounding, math.sqrt(float(losses.double().diff(n=3, dim=0).square().mean()) / 20))
+
+
+def _sums(a: Tensors, b: Tensors, of: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
+    """A bilinear or quadratic form of each pair of tensors as float64 vectors, and its sum under ``"all"``."""
+    _check_alike(a, b)
+    pairs = {name: (x.detach().flatten().double(), b[name].detach().flatten().double()) for name, x in a.items()}
+    sums = {name: float(of(x, y.to(x.device))) for name, (x, y) in pairs.items()}
+    return {**sums, WHOLE: math.fsum(sums.values())}
+
+
+def _check_alike(a: Tensors, b: Tensors) -> None:
+    for name in (*a, *b):
+        if name not in a or name not in b:
+            raise ValueError(f"only one side has {name}")
+        if a[name].shape != b[name].shape:
+            raise ValueError(f"{name} has shapes {tuple(a[name].shape)} and {tuple(b[name].shape)}")
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan
+
+
+def _afresh(loss: Callable[[], Tensor] | Objective, module: nn.Module, seed: int = 0) -> Objective:
+    """An objective with counts and guards of its own: that of a training step may hold buffers from before the step."""
+    return Objective(loss.loss, module, loss.seed) if isinstance(loss, Objective) else Objective(loss, module, seed)
+
+
+@contextmanager
+def _differentiable(loss: Callable[[], Tensor] | Objective, module: nn.Module, seed: int = 0) -> Iterator[Objective]:
+    objective = _afresh(loss, module, seed)
+    with objective.probe(cost=0), torch.enable_grad():
+        yield objective
+
+
+def _attached(loss: Tensor) -> Tensor:
+    if not loss.requires_grad:
+        raise ValueError("the loss has no gradient: nothing in it requires one")
+    return loss

@@ -1,0 +1,107 @@
+"""The weights of a run over time: safetensors files in one folder, one per moment, and the reader of them."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FOLDER = "snapshots"
+_NAME = re.compile(r"epoch=(\d+)(\+?)-step=(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All weights at one moment of a run, on disk.
+
+    Attributes:
+        path: the file, which is read by ``load`` only.
+        step: optimizer steps done.
+        epoch: epochs completed; 0 at initialisation.
+        within_epoch: some batches of the next epoch are done too.
+    """
+
+    path: Path
+    step: int
+    epoch: int
+    within_epoch: bool = False
+
+    def load(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The weights by name, on the CPU, all of them or those of ``names``. Nothing is unpickled.
+
+        Raises:
+            ValueError: the file is damaged, or lacks one of the names.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+        except SafetensorError as error:
+            raise ValueError(f"snapshot '{self.path}': {error}") from error
+
+
+def read_snapshots(run: str | Path) -> list[Snapshot]:
+    """The snapshots of a run in the order of their steps, without reading their weights.
+
+    Args:
+        run: the folder of the run, or its ``snapshots``.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no snapshot in it.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"run '{run}' does not exist")
+    found = _in(run / FOLDER) or _in(run)
+    if not found:
+        raise FileNotFoundError(f"run '{run}' has no weight snapshots: train it with the callback WeightSnapshots")
+    return found
+
+
+def write_snapshot(
+    folder: Path, weights: Mapping[str, Tensor], step: int, epoch: int, within_epoch: bool = False
+) -> Snapshot:
+    """Write the weights of one moment. The file appears whole or not at all; one of the same step is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"epoch={epoch:05d}{'+' if within_epoch else ''}-step={step:09d}.safetensors"
+    beside = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    for other in _in(folder):
+        if other.step == step and other.path != path:
+            other.path.unlink()
+    return Snapshot(path, step, epoch, within_epoch)
+
+
+def continue_snapshots(folder: Path, earlier: Path, steps: Iterable[int]) -> set[int]:
+    """Let ``folder`` hold the snapshots of ``earlier`` with the given steps, and no others.
+
+    A run that goes on from a checkpoint continues the history up to there: in the same folder what came after the
+    checkpoint is deleted, since it will be written again, and into another folder the history is copied.
+
+    Returns:
+        The steps whose snapshot is nowhere any more.
+    """
+    steps = set(steps)
+    for snapshot in _in(folder):
+        if snapshot.step not in steps:
+            snapshot.path.unlink()
+    if folder != earlier:
+        for snapshot in _in(earlier):
+            if snapshot.step in steps:
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(snapshot.path, folder / snapshot.path.name)
+    return steps - {snapshot.step for snapshot in _in(folder)}
+
+
+def _in(folder: Path) -> list[Snapshot]:
+    names = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("*.safetensors")]
+    found = [Snapshot(path, int(m[3]), int(m[1]), bool(m[2])) for path, m in names if m]
+    return sorted(found, key=lambda snapshot: snapshot.step)
