@@ -68,9 +68,7 @@ class CLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             parser_kwargs={
-                "description": "Train by forward passes or by backpropagation. Beside the subcommands listed here there are "
-                + "; and ".join(f"`{name}`: {what}" for name, what in COMMANDS.items())
-                + ".",
+                "description": f"Train by forward passes or by backpropagation. {_others()}",
                 **environment,
                 **by_subcommand,
             },
@@ -159,6 +157,10 @@ def fit(words: Sequence[str]) -> Trainer:
 def _fail(error: Exception, code: int) -> int:
     print(f"zo-lightning: error: {error}", file=sys.stderr)
     return code
+
+
+def _others() -> str:
+    return "There are also " + " and ".join(f"`{name}` ({what})" for name, what in COMMANDS.items()) + "."
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

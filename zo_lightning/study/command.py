@@ -76,9 +76,15 @@ def report(words: list[str], fit: Fit) -> int:
     options = parser.parse_args(words)
     from zo_lightning.study.report import write_report
 
-    page = write_report(options.folder, options.output or options.folder / "report", fit)
+    page = write_report(options.folder, options.output or options.folder / "report", fit, _say)
     print(f"The report is {page}")
     return 0
+
+
+def _say(what: str) -> None:
+    """Show what is being done, in one line of a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what}", end="\r", file=sys.stderr, flush=True)
 
 
 def _study_parser() -> _Parser:

@@ -71,17 +71,20 @@ def loss_ratios(results: Results) -> Figure:
     """Loss / Loss of the reference, and the inverse for accuracy, per epoch: one curve per size."""
     ref = results.study.reference
     titles = {
-        "train_loss": f"training loss: method / {ref}",
-        "val_loss": f"validation loss: method / {ref}",
-        "val_accuracy": f"accuracy: {ref} / method",
+        "train_loss": f"training loss: {{method}} / {ref}",
+        "val_loss": f"validation loss: {{method}} / {ref}",
+        "val_accuracy": f"accuracy: {ref} / {{method}}",
     }
     return _by_size(results, titles, "ratio (1: as good)")
 
 
 def slowdown(results: Results) -> Figure:
-    """k = Loss / (Loss of the reference · √d) per epoch: the curves of all sizes meet if the slowdown is O(√d)."""
+    """K = Loss / (Loss of the reference · √d) per epoch: the curves of all sizes meet if the slowdown is O(√d)."""
     ref = results.study.reference
-    titles = {"k_train": f"training loss / ({ref}'s · √d)", "k_val": f"validation loss / ({ref}'s · √d)"}
+    titles = {
+        "k_train": f"training loss: {{method}} / ({ref} · √d)",
+        "k_val": f"validation loss: {{method}} / ({ref} · √d)",
+    }
     return _by_size(results, titles, "k")
 
 
@@ -102,10 +105,12 @@ def slowdown_exponent(results: Results) -> Figure:
         alpha = exponent(at["d"].to_numpy(), at["val_loss"].to_numpy())
         left.plot(at["d"], at["val_loss"], ls="none", marker=style["marker"], color=style["color"], ms=4, alpha=0.7)
         d = np.array(sorted(at["d"].unique()), dtype=float)
-        middle = np.exp(np.log(at["val_loss"]).groupby(at["d"]).mean().mean() + alpha.value * (np.log(d) - np.log(d).mean()))
+        middle = np.exp(
+            np.log(at["val_loss"]).groupby(at["d"]).mean().mean() + alpha.value * (np.log(d) - np.log(d).mean())
+        )
         left.plot(d, middle, color=style["color"], label=f"{method}: α = {alpha:.2f}")
         trend = exponents(own, "val_loss")
-        right.plot(trend["epoch"], trend["value"], color=style["color"], label=method)
+        right.plot(trend["epoch"], trend["value"], color=style["color"])
         right.fill_between(trend["epoch"], trend["low"], trend["high"], color=style["color"], alpha=0.2, lw=0)
     d = np.array(sorted(compared["d"].unique()), dtype=float)
     start = compared[(compared["epoch"] == epoch) & (compared["d"] == d[0])]["val_loss"].mean()
@@ -114,7 +119,15 @@ def slowdown_exponent(results: Results) -> Figure:
     if not theirs.empty:
         last = theirs[theirs["epoch"] == min(epoch, int(theirs["epoch"].max()))]
         found = exponent(last["d"].to_numpy(), last["ratio"].to_numpy())
-        left.plot(last["d"], last["ratio"], color="grey", lw=0.9, ls=":", marker=".", label=f"published: α = {found.value:.2f}")
+        left.plot(
+            last["d"],
+            last["ratio"],
+            color="grey",
+            lw=0.9,
+            ls=":",
+            marker=".",
+            label=f"published: α = {found.value:.2f}",
+        )
     left.set(xscale="log", yscale="log", xlabel=SIZE, ylabel=f"validation loss: method / {results.study.reference}")
     _plain_log_ticks(left.yaxis)
     left.set_title(f"after epoch {epoch}", fontsize=9)
@@ -122,9 +135,8 @@ def slowdown_exponent(results: Results) -> Figure:
     right.axhline(0, color="grey", lw=0.8)
     right.set(xlabel="epoch", ylabel="exponent α")
     right.set_title("band: 95 % bootstrap over seeds; dashed: 1/2", fontsize=9)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    _finish(left)
+    right.grid(alpha=0.3)
     return figure
 
 
@@ -135,7 +147,7 @@ def final_accuracy(results: Results) -> Figure:
     last = final(results.table)
     for method in results.methods:
         own, style = _of(last, method=method), _style(results, method)
-        means = [(d, mean_interval(at["val_accuracy"])) for d, at in own.groupby("d")]
+        means = [(d, mean_interval(at["val_accuracy"], bounds=(0, 1))) for d, at in own.groupby("d")]
         d = np.array([d for d, _ in means], dtype=float)
         value = np.array([m.value for _, m in means])
         bounds = np.array([[m.value - m.low, m.high - m.value] for _, m in means]).T
@@ -203,14 +215,14 @@ def matched_similarity(results: Results, similar: pd.DataFrame, method: str) -> 
     figure = Figure(figsize=(4.2 * len(layers) + 1, 3.6), layout="constrained")
     for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
         table = _of(last, layer=layer)
-        for column, label, colour, marker in (
-            ("cosine", "filter by filter", COLOURS[0], "o"),
-            ("matched", "after matching", COLOURS[1], "s"),
+        for column, label, style in (  # often equal: the one drawn last lets the other be seen
+            ("matched", "after matching", {"color": COLOURS[1], "marker": "s", "ms": 5, "lw": 1.4}),
+            ("cosine", "filter by filter", {"color": COLOURS[0], "marker": "o", "ms": 9, "mfc": "none", "ls": "--"}),
         ):
             curve = over_seeds(table, column, by="d")
             error = None if curve["std"].isna().all() else curve["std"].fillna(0)
-            axes.errorbar(curve["d"], curve["mean"], error, label=label, color=colour, marker=marker, ms=5, capsize=3)
-        axes.set(xscale="log", xlabel=SIZE, ylabel="cosine similarity")
+            axes.errorbar(curve["d"], curve["mean"], error, label=label, capsize=4, **style)
+        axes.set(xscale="log", xlabel=SIZE, ylabel="cosine similarity (mean ± std)")
         axes.set_title(f"{layer}: {method} and {results.study.reference}", fontsize=9)
         _finish(axes)
     return figure
@@ -228,12 +240,16 @@ def filter_trajectories(results: Results, layer: str, seed: int) -> Figure:
             continue
         drawn = True
         weights = table.drop(columns=["method", "epoch", "filter"]).to_numpy()
-        for (method, _), path in table.assign(**dict(zip("xy", embed(weights).T, strict=True))).groupby(["method", "filter"]):
+        for (method, _), path in table.assign(**dict(zip("xy", embed(weights).T, strict=True))).groupby(
+            ["method", "filter"]
+        ):
             path = path.sort_values("epoch")
             style = _style(results, str(method))
             axes.plot(path["x"], path["y"], color=style["color"], lw=0.9, marker=".", ms=2.5, alpha=0.8)
             axes.plot(path["x"].iloc[0], path["y"].iloc[0], "o", mfc="white", mec="black", ms=6, zorder=3)
-            axes.plot(path["x"].iloc[-1], path["y"].iloc[-1], marker="*", color=style["color"], mec="black", ms=10, zorder=4)
+            axes.plot(
+                path["x"].iloc[-1], path["y"].iloc[-1], marker="*", color=style["color"], mec="black", ms=10, zorder=4
+            )
     if not drawn:
         raise NothingToDraw(f"no run of seed {seed} has weight snapshots of {layer}")
     _share_labels(figure, "t-SNE dimension 1 (no unit)", "t-SNE dimension 2 (no unit)")
@@ -281,7 +297,9 @@ def minima_line(results: Results, line: pd.DataFrame, quantity: str) -> Figure:
             own = _of(line, method=method, net=net)
             if not own.empty:
                 curve = over_seeds(own, quantity, by="position")
-                _band(axes, curve["position"].to_numpy(float), curve, label=method, **_style(results, method), markevery=5)
+                _band(
+                    axes, curve["position"].to_numpy(float), curve, label=method, **_style(results, method), markevery=5
+                )
         for end in (0, 1):
             axes.axvline(end, color="grey", lw=0.8, ls=":")
         axes.set_title(_size_title(net, d), fontsize=9)
@@ -330,7 +348,7 @@ def _by_size(results: Results, titles: Mapping[str, str], label: str) -> Figure:
                     axes.plot(theirs["epoch"], theirs["ratio"], color=colours[net], lw=0.9, ls=":")
             axes.set_yscale("log")
             _plain_log_ticks(axes.yaxis)
-            axes.set_title(f"{method}, {title}".replace("method", method, 1), fontsize=8)
+            axes.set_title(title.format(method=method), fontsize=8)
             axes.grid(alpha=0.3)
         row[0].set_ylabel(label)
     for axes in grid[-1]:
@@ -387,7 +405,7 @@ def _style(results: Results, method: str) -> dict[str, Any]:
 
 
 def _size_colours(results: Results) -> dict[str, Any]:
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(results.nets)))
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(results.nets)))
     return dict(zip(results.nets, colours, strict=True))
 
 

@@ -14,7 +14,7 @@ from zo_lightning.cli_errors import UserError
 
 Overlay = dict[str, Any]
 
-_KEYS = ("name", "base", "common", "methods", "nets", "seeds", "reference")
+_KEYS = ("name", "base", "common", "methods", "nets", "seeds", "reference", "snapshots")
 _SECTIONS = ("model", "data", "trainer", "checkpoint", "progress_bar")
 _METHOD_KEYS = ("base", "by_scale", *_SECTIONS)
 
@@ -69,6 +69,7 @@ class Study:
         nets: scales by net class; None for a net without ``scale``.
         seeds: one run each.
         reference: the method that the others are compared with.
+        snapshots: epochs from one snapshot of the weights to the next, or None for no snapshots.
         options: words of the command line that every cell's ``fit`` is given.
 
     Raises:
@@ -81,6 +82,7 @@ class Study:
     nets: Mapping[str, tuple[float, ...] | None]
     seeds: tuple[int, ...]
     reference: str
+    snapshots: int | None = 1
     options: tuple[str, ...] = ()
 
     def cells(self) -> list[Cell]:
@@ -97,6 +99,7 @@ class Study:
         return {
             "name": self.name,
             "reference": self.reference,
+            "snapshots": self.snapshots,
             "seeds": list(self.seeds),
             "nets": {net: None if scales is None else list(scales) for net, scales in self.nets.items()},
             "methods": {
@@ -119,6 +122,7 @@ class Study:
             nets,
             tuple(declaration["seeds"]),
             declaration["reference"],
+            declaration["snapshots"],
             tuple(declaration["options"]),
         )
 
@@ -141,7 +145,9 @@ def read_study(path: str | Path, options: tuple[str, ...] = ()) -> Study:
     - ``methods``: by name, configuration (``model``, ``trainer``, ...), files with more of it (``base``), and
       exceptions at single scales (``by_scale``);
     - ``nets``: scales by net class, or null for a net that has none;
-    - ``seeds``; and ``reference``, the method that the others are compared with, by default the first.
+    - ``seeds``;
+    - ``reference``: the method that the others are compared with, by default the first;
+    - ``snapshots``: epochs from one snapshot of all weights to the next, by default 1, or null for none.
 
     Raises:
         UserError: the file cannot be read, or has unknown keys, no cells or the same cell twice.
@@ -163,6 +169,9 @@ def read_study(path: str | Path, options: tuple[str, ...] = ()) -> Study:
         raise UserError(f"{path}: reference '{reference}' is none of the methods {', '.join(methods)}")
     if not isinstance(seeds, list):
         raise UserError(f"{path}: seeds must be a list of whole numbers, got {seeds!r}")
+    every = text.get("snapshots", 1)
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise UserError(f"{path}: snapshots must be a whole number of epochs of at least 1, or null, got {every!r}")
     study = Study(
         name=str(text.get("name", path.stem)),
         common=(*_files(text, path), *([_overlay(text["common"], f"{path}: common")] if text.get("common") else [])),
@@ -170,12 +179,15 @@ def read_study(path: str | Path, options: tuple[str, ...] = ()) -> Study:
         nets={str(net): _scales(scales, path, str(net)) for net, scales in nets.items()},
         seeds=tuple(seeds),
         reference=str(reference),
+        snapshots=every,
         options=options,
     )
     _check_scales(study, path)
     twice = [str(folder) for folder, count in Counter(cell.folder for cell in study.cells()).items() if count > 1]
     if twice:
-        raise UserError(f"{path}: two cells would share the folder '{twice[0]}': a name, a scale or a seed stands twice")
+        raise UserError(
+            f"{path}: two cells would share the folder '{twice[0]}': a name, a scale or a seed stands twice"
+        )
     if slug(study.name) != study.name:
         raise UserError(f"{path}: name '{study.name}' is to be a folder's name: letters, digits, '.', '_' and '-'")
     return study

@@ -26,14 +26,17 @@ class Interval:
         return self.low <= number <= self.high
 
 
-def mean_interval(values: ArrayLike, level: float = 0.95) -> Interval:
-    """The mean of independent values, such as those of several seeds, ``x̄ ± t s/√n`` (Student's t, n − 1 degrees)."""
+def mean_interval(values: ArrayLike, level: float = 0.95, bounds: tuple[float, float] = (-np.inf, np.inf)) -> Interval:
+    """The mean of independent values, such as those of several seeds, ``x̄ ± t s/√n`` (Student's t, n − 1 degrees).
+
+    The interval ends at ``bounds``, beyond which no mean can lie: [0, 1] for an accuracy. With two seeds t is 12.7.
+    """
     x = np.asarray(values, dtype=float)
     mean = float(x.mean())
     if len(x) < 2:
         return Interval(mean, np.nan, np.nan)
     half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
-    return Interval(mean, mean - half, mean + half)
+    return Interval(mean, max(mean - half, bounds[0]), min(mean + half, bounds[1]))
 
 
 def over_seeds(table: pd.DataFrame, column: str, by: str = "epoch") -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """The shape of the loss where training ended: along the line between two minima, and around each."""
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_lightning.study.grid import Cell
 from zo_lightning.study.results import Results
-from zo_lightning.study.runs import Fit
+from zo_lightning.study.runs import Fit, printing_to
 from zo_lightning.study.weights import Progress, pairs
 
 EXAMPLES = 1024
@@ -26,7 +26,9 @@ Weights = dict[str, Tensor]
 Evaluate = Callable[[Weights], tuple[float, float]]
 
 
-def line_between(a: Weights, b: Weights, evaluate: Evaluate, positions: np.ndarray = POSITIONS) -> list[tuple[float, ...]]:
+def line_between(
+    a: Weights, b: Weights, evaluate: Evaluate, positions: np.ndarray = POSITIONS
+) -> list[tuple[float, ...]]:
     """Position α, loss and accuracy at ``(1 − α) a + α b`` for each position (Goodfellow et al. 2015)."""
     return [(float(t), *evaluate({name: torch.lerp(w, b[name], float(t)) for name, w in a.items()})) for t in positions]
 
@@ -111,7 +113,8 @@ def _last_weights(run: Path) -> Weights | None:
 
 def _evaluation(run: Path, build: Fit) -> Evaluate:
     silent = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.callbacks", "null"]
-    trainer = build(["-c", str(run / "config.yaml"), "--trainer.max_epochs", "0", *silent])
+    with printing_to(io.StringIO()):
+        trainer = build(["-c", str(run / "config.yaml"), "--trainer.max_epochs", "0", *silent])
     module = trainer.lightning_module.eval()
     images, labels = _examples(trainer.datamodule.train_dataloader())
     return lambda weights: _evaluate(module, weights, images, labels)

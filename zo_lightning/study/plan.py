@@ -17,10 +17,8 @@ from zo_lightning.study.runs import Fit, parameters, printing_to, words_of
 
 _STEPS = 10
 _WARM_UP = 2
-_SILENT = """
-    --trainer.logger false --trainer.enable_checkpointing false --trainer.enable_progress_bar false
-    --trainer.enable_model_summary false --trainer.num_sanity_val_steps 0
-""".split()
+_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+_SILENT = [word for name in _OFF for word in (f"--trainer.{name}", "false")]
 
 
 class Stopwatch(Callback):
@@ -79,11 +77,15 @@ def _representatives(study: Study) -> list[Cell]:
 
 def _measure(cell: Cell, options: Sequence[str], fit: Fit) -> float:
     stopwatch = ["--trainer.callbacks+", f"{Stopwatch.__module__}.{Stopwatch.__name__}"]
-    trainer = _try(cell, options, fit, ["--trainer.max_steps", str(_STEPS), *stopwatch])
+    trainer = _try(
+        cell, options, fit, ["--trainer.max_steps", str(_STEPS), "--trainer.num_sanity_val_steps", "0", *stopwatch]
+    )
     times = next(callback for callback in trainer.callbacks if isinstance(callback, Stopwatch)).times[_WARM_UP - 1 :]
     step = (times[-1] - times[0]) / max(1, len(times) - 1)
     passes = max(1.0, getattr(trainer.lightning_module, "forward_passes", 0) / _STEPS)
-    batches = trainer.num_training_batches + sum(trainer.num_val_batches) / passes / (trainer.check_val_every_n_epoch or 1)
+    batches = trainer.num_training_batches + sum(trainer.num_val_batches) / passes / (
+        trainer.check_val_every_n_epoch or 1
+    )
     return step * batches * max(1, trainer.max_epochs or 1)
 
 
@@ -103,4 +105,3 @@ def _files(cell: Cell) -> Iterator[list[Path]]:
         for file, overlay in zip(files, cell.overlays, strict=True):
             file.write_text(yaml.safe_dump(overlay, sort_keys=False), encoding="utf-8")
         yield files
-

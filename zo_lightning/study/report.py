@@ -19,6 +19,7 @@ from zo_lightning.cli_errors import UserError
 from zo_lightning.measures import WHOLE
 from zo_lightning.study import figures
 from zo_lightning.study.figures import NothingToDraw
+from zo_lightning.study.grid import slug
 from zo_lightning.study.measures import common_epoch, exponent, final, mean_interval, ratios
 from zo_lightning.study.minima import NOISE, measure_minima
 from zo_lightning.study.results import Results, published_at, read_results, write_results
@@ -98,7 +99,9 @@ def final_table(results: Results) -> pd.DataFrame:
                 continue
             accuracy = own.set_index(["net", "seed"])["val_accuracy"]
             difference = (accuracy - reference.reindex(accuracy.index)).dropna()
-            theirs = published_at(results, method, d)["val_accuracy_mean"].tail(1) if results.published is not None else ()
+            theirs = (
+                published_at(results, method, d)["val_accuracy_mean"].tail(1) if results.published is not None else ()
+            )
             rows.append(
                 {
                     "net": net,
@@ -106,15 +109,21 @@ def final_table(results: Results) -> pd.DataFrame:
                     "d": f"{d:,}",
                     "seeds": len(own),
                     "epochs": _range(own["epoch"]),
-                    "accuracy": f"{mean_interval(accuracy):.4f}",
+                    "accuracy": f"{mean_interval(accuracy, bounds=(0, 1)):.4f}",
                     "std": f"{accuracy.std():.4f}" if len(own) > 1 else "–",
                     f"accuracy − {results.study.reference}'s": (
-                        "–" if method == results.study.reference or difference.empty else f"{mean_interval(difference):+.4f}"
+                        "–"
+                        if method == results.study.reference or difference.empty
+                        else f"{mean_interval(difference):+.4f}"
                     ),
-                    "validation loss": f"{mean_interval(own['val_loss']):.3f}",
+                    "validation loss": f"{mean_interval(own['val_loss'], bounds=(0, np.inf)):.3f}",
                     "forward passes": _range(own["forward_passes"]),
                     "s / epoch": f"{own['epoch_seconds'].median():.2f}",
-                    **({"published accuracy": f"{theirs.item():.4f}" if len(theirs) else "–"} if results.published is not None else {}),
+                    **(
+                        {"published accuracy": f"{theirs.item():.4f}" if len(theirs) else "–"}
+                        if results.published is not None
+                        else {}
+                    ),
                 }
             )
     return pd.DataFrame(rows)
@@ -146,7 +155,11 @@ def _sections(results: Results, similar: pd.DataFrame, line: pd.DataFrame, aroun
             "ratios",
             "2. Ratios",
             f"All ratios are above 1 where {ref} is better. {over}",
-            [Drawing("ratios", lambda: figures.loss_ratios(results), f"Each method against {ref}, one curve per size.")],
+            [
+                Drawing(
+                    "ratios", lambda: figures.loss_ratios(results), f"Each method against {ref}, one curve per size."
+                )
+            ],
         ),
         Section(
             "slowdown",
@@ -219,7 +232,9 @@ def _sections(results: Results, similar: pd.DataFrame, line: pd.DataFrame, aroun
                 )
                 for quantity in ("loss", "accuracy")
             ]
-            + [Drawing("sharpness", lambda: figures.sharpness_by_size(results, around), "Filter-normalised sharpness.")],
+            + [
+                Drawing("sharpness", lambda: figures.sharpness_by_size(results, around), "Filter-normalised sharpness.")
+            ],
         ),
     ]
     weights = next(section for section in sections if section.anchor == "weights")
@@ -227,7 +242,7 @@ def _sections(results: Results, similar: pd.DataFrame, line: pd.DataFrame, aroun
         for measure in ("cosine", "l2"):
             weights.figures.append(
                 Drawing(
-                    f"{measure}_{figures_slug(method)}",
+                    f"{measure}_{slug(method)}",
                     partial(figures.weight_similarity, results, similar, measure, method),
                     f"{'Cosine similarity' if measure == 'cosine' else 'L2 distance'} of the weights of {method} and "
                     f"{ref}, same seed, per layer. Mean ± standard deviation over seeds.",
@@ -235,20 +250,13 @@ def _sections(results: Results, similar: pd.DataFrame, line: pd.DataFrame, aroun
             )
         weights.figures.append(
             Drawing(
-                f"matched_{figures_slug(method)}",
+                f"matched_{slug(method)}",
                 partial(figures.matched_similarity, results, similar, method),
                 "Filters may be learned in another order: cosine before and after the best one-to-one matching. "
                 "Matching alone raises it, also between unrelated filters.",
             )
         )
     return sections
-
-
-def figures_slug(method: str) -> str:
-    """A method's name in a figure's file name."""
-    from zo_lightning.study.grid import slug
-
-    return slug(method)
 
 
 def _convolutions(similar: pd.DataFrame) -> list[str]:
@@ -279,7 +287,9 @@ def _answer_exponent(results: Results) -> str:
         if np.isnan(alpha.low):
             verdict = "no interval with one seed"
         else:
-            verdict = "1/2 is " + ("inside" if 0.5 in alpha else "below" if alpha.low > 0.5 else "above") + " the interval"
+            verdict = (
+                "1/2 is " + ("inside" if 0.5 in alpha else "below" if alpha.low > 0.5 else "above") + " the interval"
+            )
         said.append(f"{method}: α = {alpha:.2f} for the validation loss, {train:.2f} for the training loss ({verdict})")
     text = f"Loss ratio ~ d^α after epoch {epoch}, with 95 % bootstrap intervals over seeds: " + "; ".join(said) + "."
     few = compared["d"].nunique()
@@ -422,7 +432,7 @@ def _page(results: Results, table: pd.DataFrame, sections: list[Section]) -> str
         overview=_overview(results),
         missing=_missing(results),
         sections=sections,
-        table=Markup(table.to_html(index=False, border=0)),  # noqa: S704  to_html escapes
+        table=Markup(table.to_html(index=False, border=0)),
         table_note=_TABLE_NOTE,
         settings=settings,
     )

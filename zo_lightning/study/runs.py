@@ -111,7 +111,7 @@ def run_cells(
         with _engine(backend, address, jobs, threads) as parallel:
             while pending:
                 token = f"{os.getpid()} {time.time_ns()}"
-                job = _Job(folder, tuple(study.options), fit, threads, token, os.getpid() if backend == "loky" else None)
+                job = _Job(study, folder, fit, threads, token, os.getpid() if backend == "loky" else None)
                 try:
                     for outcome in parallel(job, pending):
                         outcomes.append(outcome)
@@ -131,8 +131,8 @@ def run_cells(
 class _Job:
     """What a worker does with a cell; travels to other processes and machines."""
 
+    study: Study
     folder: Path
-    options: tuple[str, ...]
     fit: Fit
     threads: int
     token: str
@@ -141,13 +141,11 @@ class _Job:
     def __call__(self, cell: Cell) -> Outcome:
         if self.parent is not None and self.parent != os.getpid():
             _die_with(self.parent)
-        return run_cell(cell, self.folder, self.options, self.fit, threads=self.threads, token=self.token)
+        return run_cell(cell, self.study, self.folder, self.fit, threads=self.threads, token=self.token)
 
 
-def run_cell(
-    cell: Cell, folder: Path, options: Sequence[str], fit: Fit, *, threads: int = 1, token: str = ""
-) -> Outcome:
-    """Run one cell from its beginning in ``folder / cell.folder``, unless it is finished.
+def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int = 1, token: str = "") -> Outcome:
+    """Run one cell of a study from its beginning in ``folder / cell.folder``, unless it is finished.
 
     An unfinished run that lies there is removed first. What the run prints goes to ``log.txt``; an error is returned,
     with its traceback in ``error.txt``.
@@ -169,7 +167,8 @@ def run_cell(
         torch.set_num_threads(threads)
         try:
             with (run / LOG).open("w", encoding="utf-8") as log, printing_to(log):
-                trainer = fit(words_of(cell, _write_overlays(cell, run), options))
+                files = _write_overlays(cell, own_overlay(run, study.snapshots), run)
+                trainer = fit(words_of(cell, files, study.options))
                 if trainer.interrupted:
                     raise KeyboardInterrupt
             seconds = time.perf_counter() - began
@@ -180,13 +179,17 @@ def run_cell(
         return Outcome(cell, seconds)
 
 
-def own_overlay(cell: Cell, run: Path) -> Overlay:
+def own_overlay(run: Path, snapshots: int | None) -> Overlay:
     """What the study itself wants of a run: curves in its folder, the last weights, snapshots, and silence."""
+    callbacks: list[Overlay] = [{"class_path": "EpochCost"}]
+    if snapshots is not None:
+        every = {"every_n_epochs": snapshots, "histograms": False}
+        callbacks.append({"class_path": "WeightSnapshots", "init_args": every})
     logger = {"init_args": {"save_dir": str(run), "name": "", "version": ""}}
     return {
         "trainer": {
             "logger": [{"class_path": name, **logger} for name in ("TensorBoardLogger", "CSVLogger")],
-            "callbacks+": [{"class_path": "zo_lightning.callbacks.epoch_cost.EpochCost"}],
+            "callbacks+": callbacks,
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
@@ -194,9 +197,9 @@ def own_overlay(cell: Cell, run: Path) -> Overlay:
     }
 
 
-def _write_overlays(cell: Cell, run: Path) -> list[Path]:
+def _write_overlays(cell: Cell, own: Overlay, run: Path) -> list[Path]:
     files = []
-    for index, overlay in enumerate((*cell.overlays, own_overlay(cell, run))):
+    for index, overlay in enumerate((*cell.overlays, own)):
         files.append(run / "overlays" / f"{index}.yaml")
         _write(files[-1], yaml.safe_dump(overlay, sort_keys=False))
     return files
@@ -209,6 +212,10 @@ def parameters(trainer: Any) -> int:
 
 def _check_same(there: Study, here: Study, folder: Path) -> None:
     advice = "choose another name, or remove the folder"
+    if there.snapshots != here.snapshots:
+        raise UserError(
+            f"'{folder}' belongs to a study with snapshots: {there.snapshots}, not {here.snapshots}: {advice}"
+        )
     if there.options != here.options:
         raise UserError(
             f"'{folder}' belongs to a study with the options '{' '.join(there.options)}', "
@@ -220,7 +227,9 @@ def _check_same(there: Study, here: Study, folder: Path) -> None:
         if cell is None:
             raise UserError(f"'{folder}' belongs to a study with a cell that this one lacks ({old}): {advice}")
         if difference := first_difference(_joined(old), _joined(cell)):
-            raise UserError(f"'{folder}' belongs to a study with another configuration of {old}: {difference}; {advice}")
+            raise UserError(
+                f"'{folder}' belongs to a study with another configuration of {old}: {difference}; {advice}"
+            )
 
 
 def _joined(cell: Cell) -> dict[str, Any]:
