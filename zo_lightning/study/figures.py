@@ -169,7 +169,7 @@ def epoch_time(results: Results) -> Figure:
     axes = figure.subplots()
     for method in results.methods:
         own, style = _of(results.table, method=method), _style(results, method)
-        middle = own.groupby("d")["epoch_seconds"].quantile([0.1, 0.5, 0.9]).unstack()
+        middle = own.groupby("d")["epoch_seconds"].quantile(np.array([0.1, 0.5, 0.9])).unstack()
         axes.plot(middle.index, middle[0.5], label=method, ms=5, **style)
         axes.fill_between(middle.index, middle[0.1], middle[0.9], color=style["color"], alpha=0.2, lw=0)
         theirs = _published_last(results, method)

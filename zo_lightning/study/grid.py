@@ -55,7 +55,8 @@ class Method:
 
     def at(self, scale: float | None) -> tuple[Overlay, ...]:
         """The overlays at a scale."""
-        return (*self.overlays, self.by_scale[scale]) if scale in self.by_scale else self.overlays
+        exception = None if scale is None else self.by_scale.get(scale)
+        return self.overlays if exception is None else (*self.overlays, exception)
 
 
 @dataclass(frozen=True)

@@ -98,34 +98,27 @@ def final_table(results: Results) -> pd.DataFrame:
             if own.empty:
                 continue
             accuracy = own.set_index(["net", "seed"])["val_accuracy"]
-            difference = (accuracy - reference.reindex(accuracy.index)).dropna()
-            theirs = (
-                published_at(results, method, d)["val_accuracy_mean"].tail(1) if results.published is not None else ()
-            )
-            rows.append(
-                {
-                    "net": net,
-                    "method": method,
-                    "d": f"{d:,}",
-                    "seeds": len(own),
-                    "epochs": _range(own["epoch"]),
-                    "accuracy": f"{mean_interval(accuracy, bounds=(0, 1)):.4f}",
-                    "std": f"{accuracy.std():.4f}" if len(own) > 1 else "–",
-                    f"accuracy − {results.study.reference}'s": (
-                        "–"
-                        if method == results.study.reference or difference.empty
-                        else f"{mean_interval(difference):+.4f}"
-                    ),
-                    "validation loss": f"{mean_interval(own['val_loss'], bounds=(0, np.inf)):.3f}",
-                    "forward passes": _range(own["forward_passes"]),
-                    "s / epoch": f"{own['epoch_seconds'].median():.2f}",
-                    **(
-                        {"published accuracy": f"{theirs.item():.4f}" if len(theirs) else "–"}
-                        if results.published is not None
-                        else {}
-                    ),
-                }
-            )
+            is_reference = method == results.study.reference
+            difference = (accuracy - reference.reindex(accuracy.index)).dropna()[: 0 if is_reference else None]
+            row = {
+                "net": net,
+                "method": method,
+                "d": f"{d:,}",
+                "seeds": len(own),
+                "epochs": _range(own["epoch"]),
+                "accuracy": f"{mean_interval(accuracy, bounds=(0, 1)):.4f}",
+                "std": f"{accuracy.std():.4f}" if len(own) > 1 else "–",
+                f"accuracy − {results.study.reference}'s": "–"
+                if difference.empty
+                else f"{mean_interval(difference):+.4f}",
+                "validation loss": f"{mean_interval(own['val_loss'], bounds=(0, np.inf)):.3f}",
+                "forward passes": _range(own["forward_passes"]),
+                "s / epoch": f"{own['epoch_seconds'].median():.2f}",
+            }
+            if results.published is not None:
+                theirs = published_at(results, method, d)
+                row["published accuracy"] = "–" if theirs.empty else f"{theirs['val_accuracy_mean'].iloc[-1]:.4f}"
+            rows.append(row)
     return pd.DataFrame(rows)
 
 

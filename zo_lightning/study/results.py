@@ -117,7 +117,7 @@ def write_results(results: Results, path: Path) -> None:
 
 def _read_run(run: Path, cell: Cell) -> pd.DataFrame:
     about: dict[str, Any] = yaml.safe_load((run / FINISHED).read_text(encoding="utf-8"))
-    log = pd.read_csv(run / "metrics.csv", float_precision="round_trip")
+    log = pd.read_csv(run / "metrics.csv", dtype=str).astype(float)  # Python's own conversion: exact to the last bit
     by_epoch = log[log["epoch"].notna()].groupby("epoch").last()  # of each column the last value
     table = by_epoch.reindex(columns=list(_METRICS)).rename(columns=_METRICS).dropna(subset=["val_loss"])
     if table.empty:

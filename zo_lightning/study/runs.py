@@ -11,8 +11,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 import yaml
 
@@ -111,7 +112,7 @@ def run_cells(
         with _engine(backend, address, jobs, threads) as parallel:
             while pending:
                 token = f"{os.getpid()} {time.time_ns()}"
-                job = _Job(study, folder, fit, threads, token, os.getpid() if backend == "loky" else None)
+                job = _Job(study, folder, fit, threads, token, os.getpid() if backend == "loky" else None, Path.cwd())
                 try:
                     for outcome in parallel(job, pending):
                         outcomes.append(outcome)
@@ -137,11 +138,17 @@ class _Job:
     threads: int
     token: str
     parent: int | None
+    home: Path
 
-    def __call__(self, cell: Cell) -> Outcome:
-        if self.parent is not None and self.parent != os.getpid():
-            _die_with(self.parent)
-        return run_cell(cell, self.study, self.folder, self.fit, threads=self.threads, token=self.token)
+
+def _work(job: _Job, cell: Cell) -> Outcome:
+    try:
+        os.chdir(job.home)  # what relative paths start from, also in a worker that was started elsewhere
+    except OSError as error:
+        return Outcome(cell, 0.0, f"the study's working directory does not exist where a worker runs: {error}")
+    if job.parent is not None and job.parent != os.getpid():
+        _die_with(job.parent)
+    return run_cell(cell, job.study, job.folder, job.fit, threads=job.threads, token=job.token)
 
 
 def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int = 1, token: str = "") -> Outcome:
@@ -227,9 +234,8 @@ def _check_same(there: Study, here: Study, folder: Path) -> None:
         if cell is None:
             raise UserError(f"'{folder}' belongs to a study with a cell that this one lacks ({old}): {advice}")
         if difference := first_difference(_joined(old), _joined(cell)):
-            raise UserError(
-                f"'{folder}' belongs to a study with another configuration of {old}: {difference}; {advice}"
-            )
+            where = difference.partition(".")[2]  # without the number of the overlay
+            raise UserError(f"'{folder}' belongs to a study with another configuration of {old}: {where}; {advice}")
 
 
 def _joined(cell: Cell) -> dict[str, Any]:
@@ -279,7 +285,8 @@ def _engine(
         unordered = "list" if backend == "ray" else "generator_unordered"
 
         def parallel(job: _Job, cells: Sequence[Cell]) -> Iterator[Outcome]:
-            return joblib.Parallel(return_as=unordered, batch_size=1)(joblib.delayed(job)(cell) for cell in cells)
+            engine: Any = joblib.Parallel(return_as=unordered, batch_size=cast(Any, 1))  # its stub knows "auto" only
+            return engine(joblib.delayed(_work)(job, cell) for cell in cells)
 
         yield parallel
 
@@ -296,9 +303,10 @@ def _dask_client(address: str | None, jobs: int) -> Iterator[Any]:
         from dask.distributed import Client
     except ImportError as error:
         raise UserError("--backend dask needs the extra: pip install 'zo-lightning[dask]'") from error
+    client: Any
     local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
     try:
-        client = Client(address, timeout=20, set_as_default=True) if address else Client(**local)
+        client = Client(address, timeout=10, set_as_default=True) if address else Client(**local)
     except (OSError, ValueError) as error:
         raise UserError(f"no Dask scheduler answers at '{address}': {error}") from error
     with client:
@@ -306,20 +314,27 @@ def _dask_client(address: str | None, jobs: int) -> Iterator[Any]:
             client.wait_for_workers(1, timeout=60)
         except TimeoutError as error:
             raise UserError(f"the Dask scheduler at '{address}' has no workers") from error
+        try:
+            client.run(_answer)  # joblib waits forever for a worker that lacks the package
+        except Exception as error:
+            raise UserError(f"a Dask worker cannot import zo_lightning: {error}") from error
         crowded = [name for name, count in client.nthreads().items() if count > 1]
         if crowded:  # a run seeds the process's random numbers and writes to its standard output
             raise UserError(f"Dask worker '{crowded[0]}' has several threads: start workers with --nthreads 1")
         yield client
 
 
+def _answer() -> None:
+    pass
+
+
 def _connect_ray(address: str | None, jobs: int) -> None:
     try:
-        import ray
-        from ray.util.joblib import register_ray
+        ray, bridge = import_module("ray"), import_module("ray.util.joblib")
     except ImportError as error:
-        raise UserError("--backend ray needs Ray: pip install 'ray'") from error
+        raise UserError("--backend ray needs the extra: pip install 'zo-lightning[ray]'") from error
     ray.init(address=address, num_cpus=None if address else jobs)
-    register_ray()
+    bridge.register_ray()
 
 
 @contextlib.contextmanager
