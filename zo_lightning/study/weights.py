@@ -1,6 +1,7 @@
 """How the weights of two methods compare over training, read from the snapshots of their runs."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 from torch import Tensor
 
 from zo_lightning.measures import WHOLE, cosine, l2_distance, matched
-from zo_lightning.snapshots import read_snapshots
+from zo_lightning.snapshots import Snapshot, read_snapshots
 from zo_lightning.study.grid import Cell
 from zo_lightning.study.results import Results
 
@@ -16,10 +17,13 @@ SIMILARITY = ("method", "net", "d", "seed", "epoch", "layer", "cosine", "l2", "m
 Progress = Callable[[str], None]
 
 
-def snapshots(run: Path) -> dict[int, Callable[[], dict[str, Tensor]]]:
-    """Readers of a run's weights by the number of epochs done, 0 at initialisation; empty where there are none."""
+def snapshots(run: Path) -> dict[int, Callable[[], dict[str, Tensor] | None]]:
+    """Readers of a run's weights by the number of epochs done, 0 at initialisation; empty where there are none.
+
+    A reader gives None where its snapshot is damaged.
+    """
     try:
-        return {shot.epoch: shot.load for shot in read_snapshots(run) if not shot.within_epoch}
+        return {shot.epoch: partial(_load, shot) for shot in read_snapshots(run) if not shot.within_epoch}
     except FileNotFoundError:
         return {}
 
@@ -36,10 +40,9 @@ def similarity(results: Results, progress: Progress = lambda what: None) -> pd.D
         progress(f"weights of {cell}")
         one, other = snapshots(results.folder / cell.folder), snapshots(results.folder / ref.folder)
         for epoch in sorted(one.keys() & other.keys()):
-            try:
-                rows += _compared(one[epoch](), other[epoch](), cell, results.nets[cell.net], epoch)
-            except (OSError, ValueError):
-                continue
+            a, b = one[epoch](), other[epoch]()
+            if a is not None and b is not None:
+                rows += _compared(a, b, cell, results.nets[cell.net], epoch)
     return pd.DataFrame(rows, columns=list(SIMILARITY))
 
 
@@ -61,7 +64,7 @@ def trajectories(results: Results, net: str, seed: int) -> dict[str, pd.DataFram
         if (cell.net, cell.seed) != (net, seed):
             continue
         for epoch, load in sorted(snapshots(results.folder / cell.folder).items()):
-            for layer, weight in _convolutions(load()).items():
+            for layer, weight in _convolutions(load() or {}).items():
                 table = pd.DataFrame(weight.flatten(1).numpy())
                 table.insert(0, "filter", np.arange(len(weight)))
                 table.insert(0, "epoch", epoch)
@@ -90,7 +93,7 @@ def first_filters(results: Results, net: str, seed: int) -> dict[str, Tensor]:
         if (cell.net, cell.seed) != (net, seed):
             continue
         if shots := snapshots(results.folder / cell.folder):
-            layers = _convolutions(shots[max(shots)]())
+            layers = _convolutions(shots[max(shots)]() or {})
             if layers:
                 found[cell.method] = next(iter(layers.values()))
     return {method: found[method] for method in results.methods if method in found}
@@ -99,6 +102,13 @@ def first_filters(results: Results, net: str, seed: int) -> dict[str, Tensor]:
 def short(name: str) -> str:
     """A layer's name without what all have in common: ``net.conv1.weight`` is ``conv1``."""
     return name.removeprefix("net.").removesuffix(".weight")
+
+
+def _load(shot: Snapshot) -> dict[str, Tensor] | None:
+    try:
+        return shot.load()
+    except (OSError, ValueError):
+        return None
 
 
 def _convolutions(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
