@@ -97,20 +97,21 @@ def test_metrics_are_read_to_the_last_bit(finished: Path, results: Results) -> N
     assert ours["val_loss"].tolist() == [point.value for point in logged]
 
 
-@pytest.mark.usefixtures("elsewhere")
-def test_killed_anywhere_and_started_again_it_ends_with_the_same_numbers(results: Results) -> None:
-    """SIGKILL at moments that depend on nothing but chance; each start goes on."""
+def test_killed_anywhere_and_started_again_it_ends_with_the_same_numbers(elsewhere: Path, results: Results) -> None:
+    """SIGKILL at a moment that depends on chance; the next start goes on, while old workers may still be there."""
+    (elsewhere / "tiny.yaml").write_text(DECLARED.replace("[0.1111111111111111, 1]", "[1]"))
     command = [sys.executable, "-m", "zo_lightning", "study", "-c", "tiny.yaml", "--jobs", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for _ in range(2):
-        with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as study:
-            while not any(token.startswith(f"{study.pid} ") for token in started()):
-                assert study.poll() is None
-                time.sleep(0.05)
-            time.sleep(random.uniform(0, 2))
-            study.send_signal(signal.SIGKILL)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as study:
+        while not any(token.startswith(f"{study.pid} ") for token in started()):
+            assert study.poll() is None
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, 2))
+        study.send_signal(signal.SIGKILL)
     assert subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False).returncode == 0
-    pd.testing.assert_frame_equal(comparable(read_results(STUDY)), comparable(results), check_exact=True)
+    whole = comparable(results)
+    same_net = whole[whole["net"] == "ScalableCNN 1"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(comparable(read_results(STUDY)), same_net, check_exact=True)
 
 
 @pytest.mark.usefixtures("elsewhere")
