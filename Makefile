@@ -33,8 +33,9 @@ format: $(VENV)/.installed-dev ## Format the code, and fix what can be fixed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.installed-base ## Measure what a training step costs
+bench: $(VENV)/.installed-base ## Measure what a training step and observing it cost
 	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/observe_cost.py --root ../shared/data
 
 clean: ## Remove builds and caches; .venv and the runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -16,8 +16,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.data.idx_files import idx_bytes, write_mnist
-from zo_lightning import ScalableCNN
+from zo_lightning import ScalableCNN, SmallCNN
 from zo_lightning.__main__ import main
+from zo_lightning.snapshots import write_snapshot
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
@@ -230,12 +231,16 @@ class TestProcess:
         assert list(tmp_path.iterdir()) == []
 
 
+SMALL_CNN = [f"net.{name}" for name in SmallCNN().state_dict()]
+
+
 @pytest.fixture
 def bad_files(tmp_path: Path) -> None:
     """What the bad inputs name."""
     configs = {
         "unknown_key": "model:\n  estimtor: ZerothOrder\n",
         "unknown_option": "model: {estimator: {class_path: ZerothOrder, init_args: {smaples: 3}}}\n",
+        "callback_option": "trainer: {callbacks: [{class_path: WeightSnapshots, init_args: {kep: 3}}]}\n",
         "broken": "model: [1, {\n",
         "prose": "this is no configuration\n",
     }
@@ -249,6 +254,7 @@ def bad_files(tmp_path: Path) -> None:
     (tmp_path / "labels/MNIST/raw/train-labels-idx1-ubyte").write_bytes(idx_bytes(torch.full((20,), 11)))
     (tmp_path / "prose.ckpt").write_text("this is no checkpoint\n")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "bare.ckpt")
+    write_snapshot(tmp_path / "other" / "snapshots", {name: torch.zeros(1) for name in SMALL_CNN}, 0, 0)
     state = {f"net.{name}": value for name, value in ScalableCNN().state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "scalable.ckpt")
 
@@ -281,6 +287,13 @@ BAD_INPUTS = {
     "fit -c nowhere.yaml": "File does not exist: '.*nowhere.yaml'",
     "fit -c broken.yaml": r".*broken\.yaml.*",  # of several files, which one?
     "fit -c prose.yaml": r".*prose\.yaml.*",
+    # callbacks
+    "fit --trainer.callbacks WeightSnapshts": r"unknown class 'WeightSnapshts' \(did you mean WeightSnapshots\?\).*",
+    "fit -c callback_option.yaml": r"callback_option\.yaml: unknown option 'kep' \(did you mean keep\?\)",
+    "fit --trainer.callbacks WeightSnapshots --trainer.callbacks.keep 0": "keep must be at least 1, got 0",
+    "fit --reference nowhere": "reference 'nowhere': no callback compares with it; add -c .*observe.yaml",
+    "fit --trainer.callbacks WeightSimilarity --reference nowhere": "reference: run 'nowhere' does not exist",
+    "fit --trainer.callbacks FilterProjection --reference other": r".* net\.conv1\.weight has shape \(1,\) there .*",
     # data
     "fit --data MNIST --data.root nowhere --data.download false": "root 'nowhere' does not exist; .*download to true",
     "fit --data MNIST --data.root file": "root 'file' is a file; MNIST needs a folder",

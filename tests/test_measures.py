@@ -221,6 +221,11 @@ def test_expected_cosine_with_a_direction_for_every_example() -> None:
     assert sum(c["all"] for c in cosines) / n == pytest.approx(expected, rel=0.1)
 
 
+def test_expected_cosine_where_most_of_the_gradient_is_known() -> None:
+    expected = [expected_cosine(ExampleDirections(), 1000, share, examples=10) for share in (1.0, 0.1, 0.0)]
+    assert expected == [pytest.approx(1 / math.sqrt(1 + 99.9)), pytest.approx(1 / math.sqrt(1 + 9.99)), 1.0]
+
+
 def test_gradient_spread_of_equal_and_of_opposite_examples() -> None:
     w = nn.Linear(1, 1, bias=False)
     mean = sum(gradient_spread(lambda: w.weight.flatten() * torch.ones(8), w, seed) for seed in range(2000)) / 2000

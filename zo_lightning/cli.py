@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-import zo_lightning.callbacks  # noqa: F401  (subclasses)
+from zo_lightning.callbacks.weight_similarity import check_reference
 from zo_lightning.cli_errors import UserError, explain_parsing, innermost
 from zo_lightning.data import InMemoryDataModule
 from zo_lightning.modules import Classifier, TrainingDiverged
@@ -80,6 +80,12 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(TQDMProgressBar, "progress_bar")
         parser.set_defaults(_defaults())
+        parser.add_argument(
+            "--reference",
+            type=str | None,
+            default=None,
+            help="Folder of another run, for all callbacks that compare with one and were not given their own.",
+        )
         parser.link_arguments("data", "model.num_classes", compute_fn=_num_classes, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -103,16 +109,25 @@ class CLI(LightningCLI):
         off = {"checkpoint": "enable_checkpointing", "progress_bar": "enable_progress_bar"}
         wanted = [key for key in keys if options.get(off[key]) is not False and not options.get("barebones")]
         callbacks = [self._get(self.config_init, key) for key in wanted]
-        return self._instantiate_trainer({**options, **kwargs}, callbacks)
+        trainer = self._instantiate_trainer({**options, **kwargs}, callbacks)
+        if (reference := self._get(self.config, "reference")) is not None and self.subcommand == "fit":
+            _set_reference(trainer, reference)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Load the data and compare the checkpoint with the model, while nothing has been written."""
+        """Load the data, and compare checkpoint and reference with the model, while nothing has been written."""
         if isinstance(self.datamodule, InMemoryDataModule):
             try:
                 self.datamodule.prepare_data()
                 self.datamodule.setup()
             except (ValueError, OSError) as error:
                 raise UserError(innermost(error)) from error
+        for callback in _callbacks(self.trainer):
+            if self.subcommand == "fit" and getattr(callback, "reference", None) is not None:
+                try:
+                    check_reference(callback.reference, dict(self.model.named_parameters()))
+                except MisconfigurationException as error:
+                    raise UserError(str(error)) from error
         if self.checkpoint is not None:
             _compare(self.checkpoint, self.model.state_dict(), str(self._get(self.config, "ckpt_path")))
         elif self.subcommand != "fit" and self._get(self.config, "ckpt_path") is None:
@@ -180,6 +195,19 @@ def _defaults() -> dict[str, Any]:
 
 def _num_classes(data: LightningDataModule) -> int:
     return getattr(data, "num_classes", 10)
+
+
+def _set_reference(trainer: Trainer, reference: str) -> None:
+    """Give a run to the callbacks that can compare with one and have none."""
+    comparing = [callback for callback in _callbacks(trainer) if hasattr(callback, "reference")]
+    if not comparing:
+        raise UserError(f"reference '{reference}': no callback compares with it; add -c configs/callbacks/observe.yaml")
+    for callback in comparing:
+        callback.reference = callback.reference or reference
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _read_checkpoint(path: Any) -> dict[str, Any] | None:

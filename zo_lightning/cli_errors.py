@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 import torch
 from jsonargparse import ArgumentParser
+from pytorch_lightning import Callback
 
 from zo_lightning import nets
 from zo_lightning.data import CIFAR10, MNIST, Digits, FashionMNIST, InMemoryDataModule  # noqa: F401  (subclasses)
@@ -24,6 +25,7 @@ BASES: dict[str, type] = {
     "optimizer": torch.optim.Optimizer,
     "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
     "data": InMemoryDataModule,
+    "callbacks": Callback,
 }
 
 
@@ -40,6 +42,8 @@ def explain_parsing(message: str, parser: ArgumentParser) -> str:
         return f"{key}: cannot import '{name}': {message.splitlines()[-1].strip()}"
     if name := _find(r"^Option '([^']+)' is not accepted|NestedArg\(key='([^']+)'", message):
         return f"unknown option '{name}'{_nearest(name, _component_options())}"
+    if reason := _find(r"^\s*- (unknown option .*)$", message):  # of one class in a list, already explained
+        return reason
     if name := _find(r"does not accept option '([^']+)'", message):
         return _unknown_key(name, parser)
     if name := _find(r"[Uu]nrecognized arguments: (.*)", message):

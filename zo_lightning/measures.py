@@ -141,13 +141,14 @@ def expected_cosine(
     ``√(q/d)`` for q ≪ d, and exactly the root mean square of the cosine for q = 1 and ``‖u‖² = d``. One layer of
     ``d_l`` weights also gets the noise of all others: with its share ``s = ‖g_l‖² / ‖g‖²`` it is
     ``√s / √(d_l/q + s(1 − 1/q))`` (not for ``Coordinate``, whose layers never meet). With a direction for every
-    example it is ``1 / √(1 + (d − 1) R / (q B))``, where ``d`` counts the perturbed dimensions of one example and
-    ``R`` is ``gradient_spread``; what feedback adds comes on top. Backpropagation: 1.
+    example it is ``1 / √(1 + s (d − 1) R / (q B))``, where ``d`` counts the perturbed dimensions of one example, ``s``
+    is the share of the layers that are perturbed, and ``R`` is ``gradient_spread``; what feedback adds comes on top.
+    Backpropagation: 1.
 
     Args:
         estimator: whose ``samples`` are ``q``.
         d: dimensions that are perturbed.
-        share: ``s`` in [0, 1], of a layer.
+        share: ``s`` in [0, 1].
         examples: ``B``.
         spread: ``R`` ≥ 1.
     """
@@ -155,7 +156,7 @@ def expected_cosine(
         return 1.0
     q = getattr(estimator, "samples", 1)
     if isinstance(estimator, PerExample):
-        return 1 / math.sqrt(1 + (d - 1) * spread / (q * examples))
+        return 1 / math.sqrt(1 + share * (d - 1) * spread / (q * examples))
     return math.sqrt(share / (d / q + share * (1 - 1 / q)))
 
 
@@ -173,7 +174,7 @@ def loss_noise(loss: Callable[[], Tensor] | Objective, module: nn.Module, width:
         seed: of the direction ``u``.
     """
     objective = _afresh(loss, module, seed)
-    params = trainable(module)
+    params: list[Tensor] = [*trainable(module)]
     saved = [p.detach().clone() for p in params]
     u = Gaussian().sample(params, seed, 0, 0)
     values = []
@@ -196,9 +197,13 @@ def loss_noise(loss: Callable[[], Tensor] | Objective, module: nn.Module, width:
 def _sums(a: Tensors, b: Tensors, of: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
     """A bilinear or quadratic form of each pair of tensors as float64 vectors, and its sum under ``"all"``."""
     _check_alike(a, b)
-    pairs = {name: (x.detach().flatten().double(), b[name].detach().flatten().double()) for name, x in a.items()}
-    sums = {name: float(of(x, y.to(x.device))) for name, (x, y) in pairs.items()}
+    sums = {name: float(of(_vector(x), _vector(b[name].to(x.device)))) for name, x in a.items()}
     return {**sums, WHOLE: math.fsum(sums.values())}
+
+
+def _vector(x: Tensor) -> Tensor:
+    flat = x.detach().flatten()
+    return (flat.cpu() if flat.device.type == "mps" else flat).double()  # Apple's GPUs have no float64
 
 
 def _check_alike(a: Tensors, b: Tensors) -> None:

@@ -31,7 +31,7 @@ class Objective:
 
     Attributes:
         forward_passes: what the calls so far cost, in forward passes of the batch.
-        seen: the losses [B] that these passes gave, where they were asked by ``losses``.
+        seen: the losses [B] that the passes of one estimate gave, where they were asked by ``losses``.
     """
 
     def __init__(self, loss: Callable[[], Tensor], module: nn.Module, seed: int = 0) -> None:
@@ -50,7 +50,7 @@ class Objective:
     def of(cls, loss: "Callable[[], Tensor] | Objective", module: nn.Module, seed: int) -> "Objective":
         """Make an objective of a plain closure; one that is an objective already is kept, with its own guards."""
         if isinstance(loss, Objective):
-            loss.seed = seed
+            loss.seed, loss.seen = seed, []
             return loss
         return cls(loss, module, seed)
 

@@ -81,24 +81,38 @@ def write_snapshot(
 
 
 def continue_snapshots(folder: Path, earlier: Path, steps: Iterable[int]) -> set[int]:
-    """Let ``folder`` hold the snapshots of ``earlier`` with the given steps, and no others.
+    """Let ``folder`` hold the history of a run up to a checkpoint: the snapshots of ``earlier`` with the given steps.
 
-    A run that goes on from a checkpoint continues the history up to there: in the same folder what came after the
-    checkpoint is deleted, since it will be written again, and into another folder the history is copied.
+    In the same folder what came after the checkpoint is deleted, since it will be written again; into another one,
+    which must be without snapshots, the history is copied.
 
     Returns:
         The steps whose snapshot is nowhere any more.
+
+    Raises:
+        FileExistsError: ``folder`` is another one and holds snapshots.
     """
     steps = set(steps)
-    for snapshot in _in(folder):
-        if snapshot.step not in steps:
-            snapshot.path.unlink()
-    if folder != earlier:
+    if folder.resolve() == earlier.resolve():
+        for snapshot in _in(folder):
+            if snapshot.step not in steps:
+                snapshot.path.unlink()
+    else:
+        check_empty(folder)
         for snapshot in _in(earlier):
             if snapshot.step in steps:
                 folder.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(snapshot.path, folder / snapshot.path.name)
     return steps - {snapshot.step for snapshot in _in(folder)}
+
+
+def check_empty(folder: Path) -> None:
+    """Raise FileExistsError where a folder holds snapshots already: histories of two runs are never mixed."""
+    if _in(folder):
+        raise FileExistsError(
+            f"'{folder}' holds snapshots of another run: give this one a folder of its own (a logger, or another "
+            "default_root_dir), or delete them"
+        )
 
 
 def _in(folder: Path) -> list[Snapshot]:

@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from zo_lightning.callbacks.reporting import log_scalars, tensorboards
 from zo_lightning.modules import EstimatedGradient
+from zo_lightning.modules.mixin import logs_now
 
 PREFIX = "by_forward_passes/"
 
@@ -53,6 +54,7 @@ class Budget(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Add the logger that draws against forward passes."""
         if stage == "fit" and trainer.loggers:
+            self.teardown(trainer, pl_module, stage)  # a run that failed has left its own
             trainer.loggers = [*trainer.loggers, _AgainstForwardPasses(self, trainer)]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -75,7 +77,7 @@ class Budget(Callback):
         estimated = isinstance(pl_module, EstimatedGradient)
         self.forward_passes = pl_module.forward_passes if estimated else self.forward_passes + 3
         self.examples += _size(batch) * trainer.world_size
-        if (trainer.fit_loop.total_batch_idx + 1) % trainer.log_every_n_steps:
+        if not logs_now(pl_module):
             return
         now = time.perf_counter()
         speed = (trainer.global_step - self._logged_step) / (now - self._logged_at)

@@ -8,6 +8,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from zo_lightning.callbacks.budget import PREFIX
 from zo_lightning.callbacks.reporting import tensorboards
+from zo_lightning.estimators import Backprop
 from zo_lightning.modules import EstimatedGradient
 
 _EQUAL_COST = PREFIX.rstrip("/")
@@ -40,8 +41,9 @@ class Dashboard(Callback):
     """Arranges TensorBoard's custom scalars page and fills its table of hyper-parameters.
 
     A chart of the custom scalars page shows all runs, so that first and zeroth order are on one. The table has a row
-    per run: module, net, estimator, optimizer, d (trainable weights), learning rate, mu, samples and seed, and the last
-    values of ``metrics``. Other loggers get the same hyper-parameters by ``log_hyperparams``.
+    per run: ``d`` (trainable weights), ``estimator``, ``lr``, ``mu``, ``optimizer``, ``samples``, ``seed``, ``task``
+    (module and net) and ``u`` (directions), and the last values of ``metrics``. Other loggers get the same
+    hyper-parameters by ``log_hyperparams``.
 
     Args:
         metrics: tags of the table's metrics. Runs of one table should name the same: TensorBoard takes those of one.
@@ -80,21 +82,24 @@ class Dashboard(Callback):
 
 
 def hyperparameters(trainer: Trainer, module: LightningModule) -> dict[str, str | float]:
-    """What tells runs apart. The keys are the same for all, as TensorBoard's table wants: it takes those of one run."""
-    estimator = module.estimator if isinstance(module, EstimatedGradient) else None
+    """What tells runs apart. The keys are the same for all, as TensorBoard's table takes those of one run.
+
+    It sorts them and shows the first five, hence the names: d, estimator, lr, mu, optimizer.
+    """
+    estimator: Any = module.estimator if isinstance(module, EstimatedGradient) else Backprop()
     optimizer: Any = trainer.optimizers[0] if trainer.optimizers else None
+    directions = getattr(estimator, "directions", None)
     net = getattr(module, "net", None)
     return {
-        "module": type(module).__name__,
-        "net": type(net).__name__ if net is not None else "",
-        "estimator": type(estimator).__name__ if estimator is not None else "Backprop",
-        "directions": type(getattr(estimator, "directions", None)).__name__.replace("NoneType", ""),
-        "optimizer": type(optimizer).__name__,
         "d": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "estimator": type(estimator).__name__,
         "lr": optimizer.param_groups[0].get("lr", 0.0) if optimizer is not None else 0.0,
         "mu": getattr(module, "mu", None) or 0.0,
+        "optimizer": type(optimizer).__name__ if optimizer is not None else "",
         "samples": getattr(estimator, "samples", 0),
         "seed": torch.initial_seed(),
+        "task": type(module).__name__ if net is None else f"{type(module).__name__}, {type(net).__name__}",
+        "u": "" if directions is None else type(directions).__name__,
     }
 
 

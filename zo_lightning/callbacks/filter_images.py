@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zo_lightning.callbacks.reporting import log_image, say_once
 from zo_lightning.callbacks.weight_snapshots import check_at_least_1
 
-_LINE = 0.35  # grey of the lines between the filters
+_LINE = 1.0  # the lines between the filters are white
 _SIDE = 48  # pixels of a filter's side, at least
 
 
@@ -34,7 +34,7 @@ class FilterImages(Callback):
     """
 
     def __init__(
-        self, every_n_epochs: int = 1, max_filters: int = 32, max_channels: int = 16, headroom: float = 2.0
+        self, every_n_epochs: int = 1, max_filters: int = 32, max_channels: int = 16, headroom: float = 1.5
     ) -> None:
         check_at_least_1(every_n_epochs=every_n_epochs, max_filters=max_filters, max_channels=max_channels)
         if not headroom >= 1:
@@ -106,7 +106,7 @@ def filter_grid(filters: Tensor, scale: float, rgb: bool = True) -> Tensor:
     values = F.interpolate(values, scale_factor=enlarge, mode="nearest")
     n, c, h, w = values.shape
     in_colour = c == 3 and rgb
-    columns = math.ceil(math.sqrt(n)) if c == 1 or in_colour else c
+    columns = (n if n <= 8 else math.ceil(math.sqrt(n))) if c == 1 or in_colour else c
     tiles = values if in_colour else values.reshape(n * c, 1, h, w)
     rows = math.ceil(len(tiles) / columns)
     image = torch.full((tiles.shape[1], rows * (h + 2) + 2, columns * (w + 2) + 2), _LINE)

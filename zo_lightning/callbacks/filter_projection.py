@@ -57,8 +57,8 @@ class FilterProjection(Callback):
 
     @property
     def state_key(self) -> str:
-        """By the reference, since several instances are plausible."""
-        return self._generate_state_key(reference=self.reference)
+        """By the reference and the layers, since several instances are plausible."""
+        return self._generate_state_key(reference=self.reference, layers=self.layers)
 
     def state_dict(self) -> dict[str, Any]:
         """That of its own snapshots, where it takes any."""
@@ -108,10 +108,15 @@ class FilterProjection(Callback):
         runs = {"this run": run_folder(trainer) / FOLDER}
         if self.reference is not None:
             runs["reference"] = Path(self.reference)
+        try:
+            histories = {run: read_snapshots(folder) for run, folder in runs.items()}
+        except FileNotFoundError as error:  # the run was too short, or the reference is gone
+            say_once(f"FilterProjection draws nothing: {error}")
+            return
         names = list(layers)
         tracks: dict[str, list[Track]] = {name: [] for name in names}
-        for run, folder in runs.items():
-            snapshots = self._thinned(read_snapshots(folder), max(map(self._shown, layers.values())) * len(runs))
+        for run, history in histories.items():
+            snapshots = self._thinned(history, max(map(self._shown, layers.values())) * len(runs))
             weights = [snapshot.load(names) for snapshot in snapshots]
             for name in names:
                 for index in range(self._shown(layers[name])):
@@ -165,13 +170,14 @@ def trajectories_figure(title: str, tracks: Sequence[Track]) -> Any:
     panels = {"PCA": _pca(points)}
     if len(points) > 10:
         panels["t-SNE"] = _tsne(points)
-    figure = Figure(figsize=(5.5 * len(panels), 5), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 3.8), dpi=140, layout="constrained")
+    colours = colormaps["tab10" if max(track.filter for track in tracks) < 10 else "tab20"]
     runs = list(dict.fromkeys(track.run for track in tracks))
     styles = dict(zip(runs, ("-", "--", ":"), strict=False))
     for axes, (method, plane) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
         ends = np.cumsum([len(track.path) for track in tracks])
         for track, xy in zip(tracks, np.split(plane, ends[:-1]), strict=True):
-            colour = colormaps["tab20"](track.filter % 20)
+            colour = colours(track.filter % colours.N)
             axes.plot(*xy.T, styles[track.run], color=colour, linewidth=1, marker=".", markersize=3)
             axes.plot(*xy[0], "o", color=colour, markersize=9, markerfacecolor="white", zorder=3)
             axes.plot(*xy[-1], "X", color=colour, markersize=9, markeredgecolor="black", zorder=4)
@@ -214,10 +220,10 @@ def _write_projector(trainer: Trainer, name: str, tracks: Sequence[Track]) -> No
                 metadata=labels,
                 metadata_header=["run", "layer", "filter", "epoch"],
                 global_step=trainer.global_step,
-                tag=f"filters/{name}",
+                tag=name,
             )
 
 
 def _is_written(writer: Any, name: str, step: int) -> bool:
     folder = getattr(writer, "log_dir", None)
-    return folder is not None and any(Path(folder, f"{step:05d}").glob(f"*{name}"))
+    return folder is not None and Path(folder, f"{step:05d}", name).exists()

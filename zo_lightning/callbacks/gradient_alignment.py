@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
 from torch.optim import Optimizer
 
 from zo_lightning.callbacks.reporting import log_scalars, say_once
 from zo_lightning.callbacks.weight_snapshots import check_at_least_1
+from zo_lightning.directions import Coordinate
 from zo_lightning.estimators import Backprop, GradientEstimator, PerExample
 from zo_lightning.measures import (
     WHOLE,
@@ -27,6 +27,8 @@ from zo_lightning.modules import EstimatedGradient
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.stencils import Stencil
 
+_KINDS = ("cosine", "norm_ratio", "expected_cosine")
+
 
 class GradientAlignment(Callback):
     """Every n steps, the true gradient of the batch, by backpropagation, beside the estimate that is about to be used.
@@ -41,7 +43,7 @@ class GradientAlignment(Callback):
     Each time costs a forward and a backward pass, and seven forward passes for the rounding errors: their seconds so
     far are ``alignment/seconds``. Training is not affected: weights are bit-identical with and without. Where ``.grad``
     is the true gradient already (automatic optimization, ``Backprop``) it is 1 by construction and nothing is asked
-    again. A loss without gradient is said once.
+    again. A loss whose gradient cannot be had is said once.
 
     Args:
         every_n_steps: optimizer steps from one time to the next, beginning at step 0.
@@ -79,19 +81,20 @@ class GradientAlignment(Callback):
             return
         began = time.perf_counter()
         estimate = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
-        objective = pl_module.objective if isinstance(pl_module, EstimatedGradient) else None
+        objective = pl_module.estimated_objective if isinstance(pl_module, EstimatedGradient) else None
         estimator = pl_module.estimator if isinstance(pl_module, EstimatedGradient) else Backprop()
         if objective is None or isinstance(estimator, Backprop):
-            values = _aligned(estimate, estimate, estimator, len(estimate))
+            values = {f"{kind}/{name}": 1.0 for kind in _KINDS for name in (*estimate, WHOLE)}
         else:
             try:
-                values = _measured(pl_module, objective, estimator, estimate)
-            except ValueError as error:
+                gradient = true_gradient(objective, pl_module)
+            except NonFiniteLoss:  # the estimate avoided the point itself
+                return
+            except (ValueError, RuntimeError) as error:  # no gradient, an operation without one, or no memory for it
                 say_once(f"GradientAlignment does nothing: {error}")
                 self._impossible = True
                 return
-            except NonFiniteLoss:  # the estimate avoided the point itself
-                return
+            values = _measured(pl_module, objective, estimator, estimate, gradient)
         self.seconds += time.perf_counter() - began
         log_scalars(
             trainer, {f"alignment/{tag}": value for tag, value in values.items()} | {"alignment/seconds": self.seconds}
@@ -99,49 +102,41 @@ class GradientAlignment(Callback):
 
 
 def _measured(
-    module: Any, objective: Objective, estimator: GradientEstimator, estimate: dict[str, Tensor]
+    module: Any, objective: Objective, estimator: GradientEstimator, estimate: Tensors, gradient: Tensors
 ) -> dict[str, float]:
-    gradient = true_gradient(objective, module)
     gradient = {name: gradient[name] for name in estimate}
-    d = float(sum(g.numel() for g in gradient.values()))
-    examples, spread = 1, 1.0
-    by_example = isinstance(estimator, PerExample)
-    if by_example and objective.seen:
-        examples = len(objective.seen[-1])
-        d = _perturbed_dimensions(estimator, module)
-        spread = _spread(objective, module)
-    values = _aligned(estimate, gradient, estimator, d, examples, spread)
-    stencil = getattr(estimator, "stencil", None)
-    if stencil is not None:
-        mu = module.mu
-        slope = (
-            norm(gradient)[WHOLE] if not by_example else _slope_by_example(objective, stencil, mu, estimator.samples)
-        )
-        noise = loss_noise(
-            objective.per_example if by_example else objective.loss, module, min(1e-5, mu / 100), objective.seed
-        )
-        floor = noise * math.sqrt(sum(w * w for w in stencil.weights)) / slope if slope else math.inf
-        values |= {"noise_floor": floor, "slope_snr": mu / floor}
-        if mu < floor:
-            say_once(
-                f"GradientAlignment: mu={mu:g} is below the noise floor of the finite difference, {floor:.2g} at step "
-                f"{module.global_step}: most of what the slopes say is rounding error. Try mu={10 * floor:.0e}"
-            )
+    if isinstance(estimator, PerExample):
+        d, share = _perturbed(estimator, module, gradient)
+        expected = expected_cosine(estimator, d, share, len(objective.seen[-1]), _spread(objective, module))
+    else:
+        expected = expected_cosine(estimator, sum(g.numel() for g in gradient.values()))
+    values = {f"expected_cosine/{WHOLE}": expected, **_aligned(estimate, gradient, estimator)}
+    if hasattr(estimator, "stencil"):
+        values |= _finite_difference(module, objective, estimator, norm(gradient)[WHOLE])
     return values
 
 
-def _aligned(
-    estimate: Tensors,
-    gradient: Tensors,
-    estimator: GradientEstimator,
-    d: float,
-    examples: int = 1,
-    spread: float = 1.0,
-) -> dict[str, float]:
+def _finite_difference(module: Any, objective: Objective, estimator: Any, gradient_norm: float) -> dict[str, float]:
+    """The ``mu`` below which rounding errors outweigh the slopes, and how far the present one is above it."""
+    mu, stencil = module.mu, estimator.stencil
+    by_example = isinstance(estimator, PerExample)
+    slope = _slope_by_example(objective, stencil, mu, estimator.samples) if by_example else gradient_norm
+    loss = objective.per_example if by_example else objective.loss
+    noise = loss_noise(loss, module, min(1e-5, mu / 100), objective.seed)
+    floor = noise * math.sqrt(sum(w * w for w in stencil.weights)) / slope if slope else math.nan
+    if mu < floor:
+        say_once(
+            f"GradientAlignment: mu={mu:g} is below the noise floor of the finite difference, {floor:.2g} at step "
+            f"{module.global_step}: most of what the slopes say is rounding error. Try mu={10 * floor:.0e}"
+        )
+    return {"noise_floor": floor, "slope_snr": mu / floor if floor else math.inf}
+
+
+def _aligned(estimate: Tensors, gradient: Tensors, estimator: GradientEstimator) -> dict[str, float]:
     values = {f"cosine/{name}": value for name, value in cosine(estimate, gradient).items()}
     values |= {f"norm_ratio/{name}": value for name, value in norm_ratio(estimate, gradient).items()}
-    values[f"expected_cosine/{WHOLE}"] = expected_cosine(estimator, d, examples=examples, spread=spread)
-    if not isinstance(estimator, PerExample):  # whose layers share noise in ways of their own
+    # The layers of these share noise in ways of their own.
+    if not isinstance(estimator, PerExample) and not isinstance(getattr(estimator, "directions", None), Coordinate):
         norms = norm(gradient)
         for name, g in gradient.items():
             share = (norms[name] / norms[WHOLE]) ** 2 if norms[WHOLE] else math.nan
@@ -149,10 +144,17 @@ def _aligned(
     return values
 
 
-def _perturbed_dimensions(estimator: GradientEstimator, module: LightningModule) -> float:
-    """How many numbers a noise of one example has; the use of weights that makes the net's output gets none."""
+def _perturbed(estimator: GradientEstimator, module: LightningModule, gradient: Tensors) -> tuple[float, float]:
+    """How many numbers a noise of one example has, and the share of ``‖g‖²`` in the layers that get noise.
+
+    The one that makes the net's output gets none where its gradient is measured.
+    """
     known = estimator.state_dict(module)
-    return sum(dims for key, dims in known["dims"].items() if key != known["last"]) or 1.0
+    dimensions = sum(dims for key, dims in known["dims"].items() if key != known["last"]) or 1.0
+    squares = {name: value**2 for name, value in norm(gradient).items()}
+    layer = (known["last"] or "").rpartition(".")[0]
+    exact = sum(square for name, square in squares.items() if layer and name.rpartition(".")[0] == layer)
+    return dimensions, 1 - exact / squares[WHOLE] if squares[WHOLE] else math.nan
 
 
 def _spread(objective: Objective, module: LightningModule) -> float:

@@ -28,15 +28,15 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def tensorboards(trainer: Trainer) -> list[Any]:
-    """The TensorBoard writers among the loggers, told by what they can do: Lightning's two packages have a class each."""
+    """The TensorBoard writers among the loggers, told by what they can do, as Lightning has two packages."""
     writers = [getattr(logger, "experiment", None) for logger in trainer.loggers]
     return [writer for writer in writers if hasattr(writer, "add_embedding")]
 
 
 def log_scalars(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """Draw numbers in all loggers at ``trainer.global_step``, or append them to ``scalars.csv`` (step, tag, value) where there is none.
+    """Draw numbers in all loggers, at ``trainer.global_step``. What is not finite is left out: no chart can show it.
 
-    What is not finite is left out: no chart can show it.
+    Where there is no logger, they are appended to ``scalars.csv`` (step, tag, value) in the run's folder.
     """
     finite = {tag: float(value) for tag, value in values.items() if math.isfinite(value)}
     if not finite or not trainer.is_global_zero:
@@ -70,8 +70,8 @@ def log_image(trainer: Trainer, tag: str, image: Tensor) -> None:
         writer.add_image(tag, array, step, dataformats="HWC")
         shown = True
     for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image(key=tag, images=[Image.fromarray(array)], step=step)
+        if callable(show := getattr(logger, "log_image", None)):
+            show(key=tag, images=[Image.fromarray(array)], step=step)
             shown = True
     if not shown and not _is_trial(trainer):
         file = run_folder(trainer) / "images" / tag / f"step={step:09d}.png"

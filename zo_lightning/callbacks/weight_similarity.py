@@ -17,9 +17,9 @@ class WeightSimilarity(Callback):
     """Cosine similarity and L2 distance of the weights to another run's at the same epoch, and to their own start.
 
     Logs ``to_start/cosine/<name>`` and ``to_start/l2/<name>``, and with a reference ``to_reference/cosine/<name>``,
-    ``to_reference/l2/<name>`` and, for convolutions, ``to_reference/matched/<name>``: the cosine after the best matching
-    of filters, since equal filters may sit in different places. ``<name>`` is a weight's, or ``all``. The start is kept
-    with checkpoints, so they grow by the weights.
+    ``to_reference/l2/<name>`` and, for convolutions, ``to_reference/matched/<name>``: the cosine after the best
+    matching of filters, since equal filters may sit in different places. ``<name>`` is a weight's, or ``all``. The
+    start is kept with checkpoints, so they grow by the weights.
 
     Args:
         reference: folder of a run that was trained with ``WeightSnapshots``, or None.
@@ -56,6 +56,10 @@ class WeightSimilarity(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the start, and compare it with the reference's."""
+        if trainer.global_step > 0 and self._start is None:
+            say_once(
+                f"WeightSimilarity: the checkpoint has no start for it: to_start is from step {trainer.global_step}"
+            )
         if trainer.global_step == 0 or self._start is None:
             self._start = {name: p.detach().cpu().clone() for name, p in pl_module.named_parameters()}
         if trainer.global_step == 0:
@@ -104,7 +108,10 @@ def check_reference(reference: str | Path, weights: Tensors) -> None:
 
 def snapshot_at(run: str | Path, epoch: int) -> Snapshot | None:
     """The snapshot of a run at the end of an epoch, 0 for its start, or None where it has none."""
-    return next((s for s in read_snapshots(run) if s.epoch == epoch and not s.within_epoch), None)
+    try:
+        return next((s for s in read_snapshots(run) if s.epoch == epoch and not s.within_epoch), None)
+    except FileNotFoundError:  # it was there in setup; that is no reason to stop a run
+        return None
 
 
 def _compared(prefix: str, a: Tensors, b: Tensors) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from zo_lightning.callbacks.reporting import log_histogram, log_scalars, run_folder, say_once
 from zo_lightning.measures import norm
-from zo_lightning.snapshots import FOLDER, continue_snapshots, read_snapshots, write_snapshot
+from zo_lightning.snapshots import FOLDER, check_empty, continue_snapshots, read_snapshots, write_snapshot
 
 
 class WeightSnapshots(Callback):
@@ -49,16 +49,18 @@ class WeightSnapshots(Callback):
 
     @property
     def state_key(self) -> str:
-        """By the intervals, since several instances are plausible."""
-        return self._generate_state_key(every_n_epochs=self.every_n_epochs, every_n_steps=self.every_n_steps)
+        """One history per run: Lightning refuses a second instance."""
+        return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
         """Where the snapshots are, and of which steps."""
-        return {"folder": str(self._folder), "steps": list(self._steps)}
+        folder = self._folder and str(self._folder.resolve())  # the run may go on from another working directory
+        return {"folder": folder, "steps": list(self._steps)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the history of the run that wrote the checkpoint."""
-        self._folder, self._steps = Path(state_dict["folder"]), list(state_dict["steps"])
+        folder = state_dict["folder"]
+        self._folder, self._steps = folder and Path(folder), list(state_dict["steps"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights at initialisation, or continue the history of the checkpoint."""
@@ -67,16 +69,14 @@ class WeightSnapshots(Callback):
         folder = run_folder(trainer) / FOLDER
         if trainer.global_step == 0:
             self._folder, self._steps = None, []
-        if self._folder is not None:
-            lost = continue_snapshots(folder, self._folder, self._steps)
-            if lost:
+        try:
+            if self._folder is None:
+                check_empty(folder)
+            elif lost := continue_snapshots(folder, self._folder, self._steps):
                 say_once(f"snapshots of steps {sorted(lost)} are no longer in {self._folder}")
                 self._steps = [step for step in self._steps if step not in lost]
-        elif folder.is_dir() and any(folder.glob("*.safetensors")):
-            raise MisconfigurationException(
-                f"'{folder}' holds snapshots of another run: give this one a folder of its own (a logger, or another "
-                "default_root_dir), or delete them"
-            )
+        except FileExistsError as error:
+            raise MisconfigurationException(str(error)) from error
         self._folder = folder
         if trainer.global_step == 0:
             self._write(trainer, pl_module, 0, False)

@@ -58,7 +58,7 @@ class EstimatedGradient(_Module):
         max_skipped_in_a_row: skipped steps in a row after which training stops.
         forward_passes: forward passes of a batch spent so far; backpropagation counts three per step.
         skipped_steps: steps skipped so far.
-        objective: while the optimizer steps, the loss that ``.grad`` was estimated from, for callbacks that ask it
+        estimated_objective: while the optimizer steps, the loss whose gradient was estimated, for callbacks that ask it
             again in ``on_before_optimizer_step``; otherwise None.
 
     Raises:
@@ -77,7 +77,7 @@ class EstimatedGradient(_Module):
         self.automatic_optimization = False
         self.forward_passes = 0
         self.skipped_steps = 0
-        self.objective: Objective | None = None
+        self.estimated_objective: Objective | None = None
         self._skipped_in_a_row = 0
         self._monitors: dict[int, _Monitor] = {}
 
@@ -192,11 +192,11 @@ class EstimatedGradient(_Module):
         optimizer: Any = self.optimizers()
         if self.gradient_clip_val is not None:
             self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_val, gradient_clip_algorithm="norm")
-        self.objective = objective
+        self.estimated_objective = objective
         try:
             optimizer.step()
         finally:
-            self.objective = None
+            self.estimated_objective = None
 
     def _skip(self, error: NonFiniteLoss) -> None:
         self.skipped_steps += 1

@@ -147,19 +147,20 @@ def final_accuracy(results: Results) -> Figure:
     last = final(results.table)
     for method in results.methods:
         own, style = _of(last, method=method), _style(results, method)
+        beside = _beside(results, method)
         means = [(d, mean_interval(at["val_accuracy"], bounds=(0, 1))) for d, at in own.groupby("d")]
-        d = np.array([d for d, _ in means], dtype=float)
+        d = np.array([d for d, _ in means], dtype=float) * beside
         value = np.array([m.value for _, m in means])
         bounds = np.array([[m.value - m.low, m.high - m.value] for _, m in means]).T
         bars = None if np.isnan(bounds).all() else np.nan_to_num(bounds)
         axes.errorbar(d, value, bars, capsize=3, lw=1.3, label=method, ms=5, **style)
-        axes.plot(own["d"], own["val_accuracy"], ls="none", marker=".", ms=3, color=style["color"], alpha=0.6)
+        axes.plot(own["d"] * beside, own["val_accuracy"], ls="none", marker=".", ms=3, color=style["color"], alpha=0.6)
         theirs = _published_last(results, method)
         if not theirs.empty:
             axes.plot(theirs["d"], theirs["val_accuracy_mean"], color=style["color"], lw=0.9, ls=":")
     axes.set(xscale="log", xlabel=SIZE, ylabel="validation accuracy")
     axes.set_title("bars: 95 % interval of the mean over seeds; dots: seeds" + _dotted(results), fontsize=9)
-    _finish(axes)
+    _finish(axes, outside=figure)
     return figure
 
 
@@ -178,7 +179,7 @@ def epoch_time(results: Results) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel=SIZE, ylabel="seconds per epoch")
     _plain_log_ticks(axes.yaxis)
     axes.set_title("line: median over epochs and seeds; band: 10 % to 90 %" + _dotted(results), fontsize=9)
-    _finish(axes)
+    _finish(axes, outside=figure)
     return figure
 
 
@@ -319,13 +320,16 @@ def sharpness_by_size(results: Results, around: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for method in results.methods:
+        beside = _beside(results, method)
         curve = over_seeds(_of(around, method=method), "increase", by="d")
         if not curve.empty:
             error = None if curve["std"].isna().all() else curve["std"].fillna(0)
-            axes.errorbar(curve["d"], curve["mean"], error, label=method, capsize=3, ms=5, **_style(results, method))
+            axes.errorbar(
+                curve["d"] * beside, curve["mean"], error, label=method, capsize=3, ms=5, **_style(results, method)
+            )
     axes.set(xscale="log", xlabel=SIZE, ylabel="rise of the training loss [nats]")
     axes.set_title("under noise of 10 % of each filter's norm; mean ± standard deviation over seeds", fontsize=9)
-    _finish(axes)
+    _finish(axes, outside=figure)
     return figure
 
 
@@ -404,6 +408,11 @@ def _style(results: Results, method: str) -> dict[str, Any]:
     return {"color": next(islice(cycle(COLOURS), index, None)), "marker": next(islice(cycle(MARKERS), index, None))}
 
 
+def _beside(results: Results, method: str) -> float:
+    """A factor that moves a method's points a little aside: bars at the same size would hide each other."""
+    return float(1.03 ** (results.methods.index(method) - (len(results.methods) - 1) / 2))
+
+
 def _size_colours(results: Results) -> dict[str, Any]:
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(results.nets)))
     return dict(zip(results.nets, colours, strict=True))
@@ -454,9 +463,13 @@ def _legend_below(figure: Figure, panels: list[Axes]) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(7, len(entries)), fontsize=9)
 
 
-def _finish(axes: Axes) -> None:
+def _finish(axes: Axes, outside: Figure | None = None) -> None:
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if outside is None:
+        axes.legend(fontsize=8)
+    else:
+        handles, names = axes.get_legend_handles_labels()
+        outside.legend(handles, names, loc="outside right center", fontsize=8)
 
 
 def _plain_log_ticks(axis: Any) -> None:

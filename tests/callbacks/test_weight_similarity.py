@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from tests.callbacks.runs import Linear, batches, classifier, first_order, net, scalars, trainer, weights
+from zo_lightning.callbacks import WeightSimilarity, WeightSnapshots
+from zo_lightning.measures import cosine, l2_distance
+from zo_lightning.snapshots import read_snapshots, write_snapshot
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    trainer(folder, WeightSnapshots()).fit(first_order(), batches())
+    return folder
+
+
+def test_values_are_those_of_the_snapshots(reference: Path, tmp_path: Path) -> None:
+    module = classifier()
+    start = weights(module)
+    trainer(tmp_path, WeightSimilarity(str(reference))).fit(module, batches())
+    logged, end, other = scalars(tmp_path), weights(module), read_snapshots(reference)[-1].load()
+    for tag, expected in (
+        ("to_start/cosine", cosine(end, start)),
+        ("to_start/l2", l2_distance(end, start)),
+        ("to_reference/cosine", cosine(end, other)),
+        ("to_reference/l2", l2_distance(end, other)),
+    ):
+        for name in ("all", "net.0.weight", "net.5.bias"):
+            assert logged[f"{tag}/{name}"][-1] == (12, pytest.approx(expected[name])), tag
+    assert logged["to_reference/cosine/all"][0] == (0, pytest.approx(1))  # of the same initialisation
+    assert [step for step, _ in logged["to_reference/l2/all"]] == [0, 6, 12]
+    assert {tag.rpartition("/")[2] for tag in logged if "matched" in tag} == {"net.0.weight", "net.3.weight"}
+
+
+def test_filters_that_swapped_roles(tmp_path: Path) -> None:
+    swapped = weights(classifier())
+    swapped["net.0.weight"] = swapped["net.0.weight"].flip(0)
+    write_snapshot(tmp_path / "snapshots", swapped, 0, 0)
+    trainer(tmp_path / "run", WeightSimilarity(str(tmp_path)), max_epochs=1).fit(classifier(), batches())
+    logged = scalars(tmp_path / "run")
+    assert logged["to_reference/cosine/net.0.weight"][0][1] < 0.9
+    assert logged["to_reference/matched/net.0.weight"][0][1] == pytest.approx(1)
+
+
+def test_the_start_survives_a_resume(tmp_path: Path) -> None:
+    module = classifier()
+    start = weights(module)
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=3)
+    trainer(tmp_path / "a", WeightSimilarity(), checkpoint, max_steps=3, enable_checkpointing=True).fit(
+        module, batches()
+    )
+    resumed = classifier()
+    trainer(tmp_path / "b", WeightSimilarity()).fit(resumed, batches(), ckpt_path=checkpoint.best_model_path)
+    logged = scalars(tmp_path / "b")["to_start/l2/all"]
+    assert logged[-1] == (12, pytest.approx(l2_distance(weights(resumed), start)["all"]))
+    assert [step for step, _ in logged] == [6, 12]
+
+
+def test_a_start_that_is_unknown_is_said(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=3)
+    trainer(tmp_path, checkpoint, max_steps=3, enable_checkpointing=True).fit(classifier(), batches())
+    with pytest.warns(UserWarning, match="the checkpoint has no start for it: to_start is from step 3"):
+        trainer(tmp_path, WeightSimilarity()).fit(classifier(), batches(), ckpt_path=checkpoint.best_model_path)
+
+
+def test_a_reference_with_fewer_epochs_is_compared_as_far_as_it_goes(reference: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="has no snapshot of epoch 3"):
+        trainer(tmp_path, WeightSimilarity(str(reference)), max_epochs=4).fit(classifier(), batches())
+    logged = scalars(tmp_path)
+    assert [step for step, _ in logged["to_reference/cosine/all"]] == [0, 6, 12]
+    assert [step for step, _ in logged["to_start/cosine/all"]] == [6, 12, 18, 24]
+
+
+def test_a_reference_that_does_not_fit_is_named(reference: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "nowhere": (classifier(), "reference: run 'nowhere' does not exist"),
+        str(tmp_path / "empty"): (classifier(), "reference: run '.*empty' has no weight snapshots"),
+    }
+    for path, (module, message) in cases.items():
+        with pytest.raises(MisconfigurationException, match=message):
+            trainer(tmp_path, WeightSimilarity(path)).fit(module, batches())
+    shapes = r"reference '.*' is of another net: net.0.weight has shape \(4, 3, 3, 3\) there and \(4, 1, 3, 3\) here"
+    with pytest.raises(MisconfigurationException, match=shapes):
+        trainer(tmp_path, WeightSimilarity(str(reference))).fit(classifier(of=net(1)), batches(channels=1))
+    with pytest.raises(MisconfigurationException, match="is of another net: only this one has inner.weight"):
+        trainer(tmp_path, WeightSimilarity(str(reference))).fit(Linear(), batches())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+
+def test_low_precision_and_tied_weights(tmp_path: Path) -> None:
+    trainer(tmp_path, WeightSimilarity(), max_epochs=1).fit(Linear(torch.bfloat16), batches())
+    assert 0.5 < scalars(tmp_path)["to_start/cosine/all"][0][1] <= 1
