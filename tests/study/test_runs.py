@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from zo_lightning.cli_errors import UserError
 from zo_lightning.study.grid import Method, Study
@@ -32,6 +33,13 @@ def fake_fit(words: Sequence[str]) -> Any:
         raise ValueError("no such luck")
     if settings["do"] == "exit":
         raise SystemExit(1)
+    if settings["do"] == "stop":  # Lightning's answer to Ctrl-C
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1)  # noqa: B904
+    if settings["do"] == "terminate":
+        raise SIGTERMException
     if settings["do"] == "die":
         os._exit(9)
     module = SimpleNamespace(parameters=lambda: iter([torch.zeros(3, requires_grad=True), torch.zeros(2)]))
@@ -84,11 +92,13 @@ def test_failed_cell_is_told_and_stops_no_other(folder: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == ""
 
 
-def test_interrupted_training_is_not_finished(folder: Path) -> None:
-    declared = study(1, A="interrupt")
+@pytest.mark.parametrize("how", ["interrupt", "stop", "terminate"])
+def test_interrupted_training_ends_the_study_and_is_not_finished(folder: Path, how: str) -> None:
+    declared = study(1, A=how)
     with pytest.raises(KeyboardInterrupt):
         run_cell(declared.cells()[0], declared, folder, fake_fit)
     assert not is_finished(folder, declared.cells()[0])
+    assert not (folder / declared.cells()[0].folder / "error.txt").exists()
 
 
 def test_cells_run_in_processes_that_do_not_outnumber_jobs(folder: Path) -> None:

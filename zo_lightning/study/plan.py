@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from zo_lightning.cli_errors import UserError
 from zo_lightning.study.grid import Cell, Study
@@ -18,7 +19,8 @@ from zo_lightning.study.runs import Fit, parameters, printing_to, words_of
 _STEPS = 10
 _WARM_UP = 2
 _OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-_SILENT = [word for name in _OFF for word in (f"--trainer.{name}", "false")]
+# Some callbacks insist on a logger; that they exist is seen when the configuration is read.
+_SILENT = [*(word for name in _OFF for word in (f"--trainer.{name}", "false")), "--trainer.callbacks", "[]"]
 
 
 class Stopwatch(Callback):
@@ -93,7 +95,7 @@ def _try(cell: Cell, options: Sequence[str], fit: Fit, extra: list[str]) -> Any:
     with _files(cell) as files, printing_to(io.StringIO()):
         try:
             return fit(words_of(cell, files, options, [*_SILENT, *extra]))
-        except UserError as error:
+        except (UserError, MisconfigurationException) as error:
             message = str(error).replace(f"{files[0].parent}/", "overlay ")
             raise UserError(f"{cell}: {message}") from error
 

@@ -123,7 +123,7 @@ def final_table(results: Results) -> pd.DataFrame:
 
 
 def _sections(results: Results, similar: pd.DataFrame, line: pd.DataFrame, around: pd.DataFrame) -> list[Section]:
-    ref, seed = results.study.reference, results.study.seeds[0]
+    ref, seed = results.study.reference, results.cells[0].seed
     curve = partial(figures.learning_curves, results)
     published = ", published means dotted" if results.published is not None else ""
     over = f"Mean ± standard deviation over seeds{published}."

@@ -80,7 +80,7 @@ def is_finished(folder: Path, cell: Cell) -> bool:
     return (folder / cell.folder / FINISHED).is_file()
 
 
-def words_of(cell: Cell, files: Sequence[Path], options: Sequence[str], extra: Sequence[str] = ()) -> list[str]:
+def words_of(cell: Cell, files: Sequence[Path], options: Sequence[str], extra: Sequence[str]) -> list[str]:
     """The command line of ``fit`` for a cell whose overlays lie in files; ``extra`` has the last word."""
     overlays = [word for file in files for word in ("-c", str(file))]
     return [*overlays, *options, "--seed_everything", str(cell.seed), *extra]
@@ -158,6 +158,7 @@ def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int =
     with its traceback in ``error.txt``.
     """
     import torch
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
 
     run = folder / cell.folder
     began = time.perf_counter()
@@ -174,13 +175,15 @@ def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int =
         torch.set_num_threads(threads)
         try:
             with (run / LOG).open("w", encoding="utf-8") as log, printing_to(log):
-                files = _write_overlays(cell, own_overlay(run, study.snapshots), run)
-                trainer = fit(words_of(cell, files, study.options))
+                *files, own = _write_overlays(cell, own_overlay(run, study.snapshots), run)
+                trainer = fit(words_of(cell, files, study.options, ["-c", str(own)]))
                 if trainer.interrupted:
                     raise KeyboardInterrupt
             seconds = time.perf_counter() - began
             _write(run / FINISHED, yaml.safe_dump({"seconds": seconds, "parameters": parameters(trainer)}))
         except (Exception, SystemExit) as error:
+            if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from error  # which Lightning turns into an exit
             _write(run / FAILED, traceback.format_exc())
             return Outcome(cell, time.perf_counter() - began, f"{error}" or type(error).__name__)
         return Outcome(cell, seconds)
@@ -197,6 +200,7 @@ def own_overlay(run: Path, snapshots: int | None) -> Overlay:
         "trainer": {
             "logger": [{"class_path": name, **logger} for name in ("TensorBoardLogger", "CSVLogger")],
             "callbacks+": callbacks,
+            "enable_checkpointing": True,
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
