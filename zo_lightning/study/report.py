@@ -353,6 +353,7 @@ def _draw(drawing: Drawing, output: Path, writer: Any) -> None:
             figure = drawing.draw()
             svg = io.BytesIO()
             figure.savefig(svg, format="svg", metadata={"Date": None})
+            figure.set_layout_engine("none")  # laid out once is enough
             figure.savefig(output / f"{drawing.name}.png", dpi=130)
     except NothingToDraw as nothing:
         drawing.reason = str(nothing)
