@@ -23,7 +23,7 @@ FLOORS = {
     "measures": 3,
     "modules": 3,
     "cli_errors": 3,
-    "callbacks": 3,
+    "callbacks": 4,
     "study": 4,
     "cli": 5,
     "__main__": 6,
