@@ -61,6 +61,7 @@ def learning_curves(results: Results, quantity: str, against: str = "epoch") -> 
             _plain_log_ticks(axes.yaxis)
         if against != "epoch":
             axes.set_xscale("log")
+            _plain_log_ticks(axes.xaxis, (1, 2, 5))
     _share_labels(figure, LABELS[against], LABELS[quantity])
     extra = {"published (mean of 10)": {"color": "grey", "lw": 0.9, "ls": ":"}} if published_drawn else {}
     _method_legend(figure, results, extra)
@@ -472,12 +473,13 @@ def _finish(axes: Axes, outside: Figure | None = None) -> None:
         outside.legend(handles, names, loc="outside right center", fontsize=8)
 
 
-def _plain_log_ticks(axis: Any) -> None:
+def _plain_log_ticks(axis: Any, steps: tuple[float, ...] = (1, 1.5, 2, 3, 5, 7)) -> None:
+    """Numbers such as 0.3 in place of powers; within a decade at all ``steps``."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     low, high = axis.get_view_interval()
     narrow = high < 10 * low
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if narrow else (1, 3)))
+    axis.set_major_locator(LogLocator(subs=steps if narrow else (1, 3)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
