@@ -8,14 +8,18 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check format bench clean
+.PHONY: help demo study-smoke test check format bench clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed-base ## Train a small network by forward passes only
 	$(BIN)/zo-lightning fit
 	@echo "The curves: $(BIN)/tensorboard --logdir lightning_logs"
+
+study-smoke: $(VENV)/.installed-base ## Run a small study and write its report, in lightning_logs/smoke/report
+	$(BIN)/zo-lightning study -c configs/study/smoke.yaml
+	$(BIN)/zo-lightning report lightning_logs/smoke
 
 test: $(VENV)/.installed-test ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)

@@ -22,9 +22,9 @@ FLOORS = {
     "estimators": 2,
     "measures": 3,
     "modules": 3,
-    "study": 4,
-    "cli_errors": 4,
+    "cli_errors": 3,
     "callbacks": 4,
+    "study": 4,
     "cli": 5,
     "__main__": 6,
 }

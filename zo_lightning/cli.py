@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from zo_lightning.callbacks.weight_similarity import check_reference
 from zo_lightning.cli_errors import UserError, explain_parsing, innermost
 from zo_lightning.data import InMemoryDataModule
 from zo_lightning.modules import Classifier, TrainingDiverged
+from zo_lightning.study.command import COMMANDS, report, study
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 
@@ -66,7 +68,7 @@ class CLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             parser_kwargs={
-                "description": "Train by forward passes or by backpropagation.",
+                "description": f"Train by forward passes or by backpropagation. {_others()}",
                 **environment,
                 **by_subcommand,
             },
@@ -148,7 +150,12 @@ class CLI(LightningCLI):
 def main(args: list[str] | None = None) -> int:
     """Run a command line; return its exit code: 0, 1 where a run failed, 2 where it was not begun."""
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
+    words = sys.argv[1:] if args is None else args
     try:
+        if words[:1] == ["study"]:
+            return study(words[1:], fit)
+        if words[:1] == ["report"]:
+            return report(words[1:], fit)
         CLI(args)
     except UserError as error:
         return _fail(error, 2)
@@ -157,9 +164,18 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
+def fit(words: Sequence[str]) -> Trainer:
+    """Run ``fit`` with these words and return its trainer; what goes wrong is raised."""
+    return CLI(["fit", *words]).trainer
+
+
 def _fail(error: Exception, code: int) -> int:
     print(f"zo-lightning: error: {error}", file=sys.stderr)
     return code
+
+
+def _others() -> str:
+    return "There are also " + " and ".join(f"`{name}` ({what})" for name, what in COMMANDS.items()) + "."
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

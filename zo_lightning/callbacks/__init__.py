@@ -2,6 +2,7 @@
 
 from zo_lightning.callbacks.budget import Budget
 from zo_lightning.callbacks.dashboard import Dashboard
+from zo_lightning.callbacks.epoch_cost import EpochCost
 from zo_lightning.callbacks.filter_images import FilterImages
 from zo_lightning.callbacks.filter_projection import FilterProjection
 from zo_lightning.callbacks.gradient_alignment import GradientAlignment
@@ -12,6 +13,7 @@ from zo_lightning.callbacks.weight_snapshots import WeightSnapshots
 __all__ = [
     "Budget",
     "Dashboard",
+    "EpochCost",
     "FilterImages",
     "FilterProjection",
     "GradientAlignment",

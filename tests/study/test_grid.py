@@ -1,0 +1,110 @@
+"""Studies as declared in YAML."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from zo_lightning.cli_errors import UserError
+from zo_lightning.study.grid import Study, first_difference, read_study, slug
+
+DECLARED = """
+base: base.yaml
+common: {trainer: {max_epochs: 3}}
+methods:
+  FO: {model: {estimator: Backprop}}
+  ZO:
+    base: [zo.yaml]
+    model: {optimizer: {class_path: AdaMM, init_args: {lr: 1e-3}}}
+    by_scale: {0.5: {model: {optimizer: {class_path: AdaMM, init_args: {lr: 4e-3}}}}}
+nets: {ScalableCNN: [0.5, 2], SmallCNN: null}
+seeds: [1, 2]
+"""
+
+
+@pytest.fixture
+def declared(tmp_path: Path) -> Path:
+    (tmp_path / "base.yaml").write_text("data: {class_path: Digits}\n")
+    (tmp_path / "zo.yaml").write_text("model: {estimator: ZerothOrder}\n")
+    (tmp_path / "small.yaml").write_text(DECLARED)
+    return tmp_path / "small.yaml"
+
+
+def test_cells_are_the_product_with_seeds_slowest(declared: Path) -> None:
+    study = read_study(declared)
+    assert (study.name, study.reference) == ("small", "FO")
+    assert [str(cell.folder) for cell in study.cells()] == [
+        f"{method}/{net}/seed_{seed}"
+        for seed in (1, 2)
+        for net in ("ScalableCNN_0.5", "ScalableCNN_2", "SmallCNN")
+        for method in ("FO", "ZO")
+    ]
+
+
+def test_overlays_go_from_the_general_to_the_special(declared: Path) -> None:
+    cells = {(cell.method, cell.net): cell for cell in read_study(declared).cells()}
+    base, common, net, file, own, special = cells["ZO", "ScalableCNN 0.5"].overlays
+    assert base == {"data": {"class_path": "Digits"}}
+    assert common == {"trainer": {"max_epochs": 3}}
+    assert net == {"model": {"net": {"class_path": "ScalableCNN", "init_args": {"scale": 0.5}}}}
+    assert file == {"model": {"estimator": "ZerothOrder"}}
+    assert own["model"]["optimizer"]["init_args"] == {"lr": 1e-3}  # a number, as fit reads it
+    assert special["model"]["optimizer"]["init_args"] == {"lr": 4e-3}
+    assert cells["ZO", "ScalableCNN 2"].overlays == (base, common, {"model": {"net": {
+        "class_path": "ScalableCNN", "init_args": {"scale": 2.0}}}}, file, own)  # fmt: skip
+    assert cells["ZO", "SmallCNN"].overlays[2] == {"model": {"net": {"class_path": "SmallCNN"}}}
+
+
+def test_declaration_gives_itself_without_the_files(declared: Path) -> None:
+    study = read_study(declared, ("--data.batch_size", "32"))
+    for file in declared.parent.iterdir():
+        file.unlink()
+    copy = Study.from_declaration(yaml.safe_load(yaml.safe_dump(study.declaration())))
+    assert copy.declaration() == study.declaration()
+    assert copy.cells() == study.cells()
+
+
+BAD = {
+    "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: []": "'seeds' is empty",
+    "methods: {}\nnets: {SmallCNN: null}\nseeds: [1]": "'methods' is empty",
+    "methods: {FO: {}}\nnets: {ScalableCNN: []}\nseeds: [1]": "'nets' is empty",
+    "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nmethds: 1": "unknown key 'methds' .did you mean methods",
+    "methods: {FO: {modl: {}}}\nnets: {SmallCNN: null}\nseeds: [1]": "methods.FO: unknown key 'modl'.*mean model",
+    "methods: {FO: 3}\nnets: {SmallCNN: null}\nseeds: [1]": "methods.FO: expected configuration, got 3",
+    "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [-1]": "whole numbers of at least 0, got -1",
+    "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: 3": "seeds must be a list of whole numbers, got 3",
+    "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1, 1]": "two cells would share the folder 'FO/SmallCNN/seed_1'",
+    "methods: {FO: {}}\nnets: {ScalableCNN: [big]}\nseeds: [1]": "a scale must be a number, got 'big'",
+    "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nreference: ZO": "'ZO' is none of the methods FO",
+    "methods: {FO: {base: no.yaml}}\nnets: {SmallCNN: null}\nseeds: [1]": "cannot read '.*no.yaml': No such file",
+    "methods: {FO: {by_scale: {2: {}}}}\nnets: {SmallCNN: null}\nseeds: [1]": "2.0 is none of the scales",
+    "common: {seed_everything: 1}\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "seed_everything is the",
+    "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nsnapshots: 0": "at least 1, or null, got 0",
+    "name: a/b\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "name 'a/b' is to be a folder's name",
+    "methods: [": "not YAML",
+    "just words": "expected keys and values, got str",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD.items(), ids=list(BAD.values()))
+def test_bad_declaration_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_study(tmp_path / "bad.yaml")
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read '.*nowhere.yaml'"):
+        read_study(tmp_path / "nowhere.yaml")
+
+
+def test_first_difference_names_the_key() -> None:
+    old = {"a": {"b": [1, {"c": 2}]}, "same": 0}
+    assert first_difference(old, {"a": {"b": [1, {"c": 2}]}, "same": 0}) is None
+    assert first_difference(old, {"a": {"b": [1, {"c": 3}]}, "same": 0}) == "a.b.c is 2 there and 3 here"
+    assert first_difference(old, {"a": {"b": [1, {"c": 2}]}, "same": 0, "d": 1}) == "d is None there and 1 here"
+
+
+def test_slug_is_safe_as_a_folder() -> None:
+    assert slug("ZO-AdaMM, q = 4/µ") == "ZO-AdaMM_q_4"
+    assert slug("..") == "_"

@@ -1,0 +1,1 @@
+"""A study: a grid of methods, nets and seeds, run, measured, drawn and reported."""

@@ -1,0 +1,186 @@
+"""The subcommands ``study`` and ``report``."""
+
+import argparse
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NoReturn
+
+import yaml
+
+from zo_lightning.cli_errors import UserError
+from zo_lightning.study.grid import Cell, Study, read_study
+from zo_lightning.study.runs import FINISHED, Fit, Outcome, claim, is_finished, run_cells
+
+LOGS = Path("lightning_logs")
+COMMANDS = {
+    "study": "train a grid of methods, nets and seeds, and go on where it was stopped",
+    "report": "figures, tables and one page from a study's runs",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def study(words: list[str], fit: Fit) -> int:
+    """Run the command line of ``study``; return its exit code: 0, 1 where a cell failed, 130 where it was stopped.
+
+    Raises:
+        UserError: the command line or the study's file is wrong; nothing has been written.
+    """
+    options, rest = _study_parser().parse_known_args(words)
+    declared = read_study(options.config, _fit_options(rest))
+    jobs = options.jobs or os.cpu_count() or 1
+    folder = LOGS / declared.name
+    from zo_lightning.study.plan import check, estimate
+
+    sizes = check(declared, fit)
+    if options.dry_run:
+        _print_plan(declared, folder, sizes, estimate(declared, sizes, fit), jobs)
+        return 0
+    claim(declared, folder)
+    cells = declared.cells()
+    progress = _Progress(cells, folder, jobs)
+    try:
+        with progress:
+            outcomes = run_cells(
+                declared,
+                folder,
+                fit,
+                jobs=jobs,
+                threads=options.threads,
+                backend=options.backend,
+                address=options.address,
+                report=progress.report,
+            )
+    except KeyboardInterrupt:
+        done = sum(is_finished(folder, cell) for cell in cells)
+        print(f"\nStopped: {done} of {len(cells)} cells are finished; the same command goes on.", file=sys.stderr)
+        return 130
+    return _print_outcomes(outcomes, folder, len(cells))
+
+
+def report(words: list[str], fit: Fit) -> int:
+    """Run the command line of ``report``; return its exit code. ``fit`` is asked for 0 epochs: it builds nets and data.
+
+    Raises:
+        UserError: there is nothing to report on.
+    """
+    parser = _Parser(prog="zo-lightning report", description=COMMANDS["report"].capitalize() + ".")
+    parser.add_argument("folder", type=Path, help="a study's folder, such as lightning_logs/smoke")
+    parser.add_argument("--output", type=Path, help="where the report is written; default: <folder>/report")
+    options = parser.parse_args(words)
+    from zo_lightning.study.report import write_report
+
+    page = write_report(options.folder, options.output or options.folder / "report", fit, _say)
+    print(f"The report is {page}")
+    return 0
+
+
+def _say(what: str) -> None:
+    """Show what is being done, in one line of a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{what}", end="\r", file=sys.stderr, flush=True)
+
+
+def _study_parser() -> _Parser:
+    parser = _Parser(
+        prog="zo-lightning study",
+        description=COMMANDS["study"].capitalize() + ".",
+        epilog="Further options, such as --data.root ../shared/data, are given to every run as they would be to `fit`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", type=Path, required=True, help="the study, such as configs/study/smoke.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="list the cells and estimate the time; train nothing")
+    parser.add_argument("--jobs", type=_positive, help="cells at a time; default: as many as there are cores")
+    parser.add_argument("--threads", type=_positive, default=1, help="threads of each; default 1")
+    parser.add_argument("--backend", choices=("loky", "dask", "ray"), default="loky", help="joblib's; default loky")
+    parser.add_argument("--address", help="of a Dask scheduler or a Ray cluster; default: a local one is started")
+    return parser
+
+
+def _positive(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got '{word}'")
+    return int(word)
+
+
+def _fit_options(words: list[str]) -> tuple[str, ...]:
+    sections = ("--model", "--data", "--trainer", "--checkpoint", "--progress_bar")
+    for position, word in enumerate(words):
+        is_value = position > 0 and words[position - 1].startswith("--") and "=" not in words[position - 1]
+        if not (word.split("=")[0].split(".")[0] in sections or (is_value and not word.startswith("--"))):
+            raise UserError(f"unknown argument '{word}'; see zo-lightning study --help")
+    return tuple(words)
+
+
+def _print_plan(study: Study, folder: Path, sizes: dict[str, int], seconds: dict[Cell, float], jobs: int) -> None:
+    cells = study.cells()
+    done = [cell for cell in cells if is_finished(folder, cell)]
+    for cell in cells:
+        state = "finished" if cell in done else f"about {duration(seconds[cell])}"
+        print(f"{folder / cell.folder}  d = {sizes[cell.net]:,}  {state}")
+    left = sum(seconds[cell] for cell in cells if cell not in done)
+    print(f"{len(cells)} cells, {len(done)} of them finished; the others take about {duration(left / jobs)}", end=" ")
+    print(f"with {jobs} at a time (estimated from a few steps of each method).")
+
+
+class _Progress:
+    """A bar over cells, with the time left by how long the like of them took."""
+
+    def __init__(self, cells: list[Cell], folder: Path, jobs: int) -> None:
+        self.left = {cell.folder: cell for cell in cells if not is_finished(folder, cell)}
+        self.jobs = jobs
+        self.seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for cell in cells:
+            if cell.folder not in self.left:
+                saved = yaml.safe_load((folder / cell.folder / FINISHED).read_text(encoding="utf-8"))
+                self.seconds[cell.method, cell.net].append(saved["seconds"])
+        self.total = len(cells)
+
+    def __enter__(self) -> "_Progress":
+        from tqdm import tqdm
+
+        form = "{n_fmt}/{total_fmt} cells |{bar}| {elapsed} so far{postfix}"
+        self.bar = tqdm(total=self.total, initial=self.total - len(self.left), bar_format=form, unit="cell")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def report(self, outcome: Outcome) -> None:
+        """Count a cell."""
+        cell = outcome.cell
+        self.left.pop(cell.folder, None)
+        if outcome.error is None:
+            self.seconds[cell.method, cell.net].append(outcome.seconds)
+        else:
+            self.bar.write(f"failed: {cell}: {outcome.error}", file=sys.stderr)
+        self.bar.set_postfix_str(f"about {duration(self._seconds_left())} left", refresh=False)
+        self.bar.update()
+
+    def _seconds_left(self) -> float:
+        means = {key: fmean(values) for key, values in self.seconds.items()}
+        overall = fmean(means.values()) if means else 0.0
+        return sum(means.get((cell.method, cell.net), overall) for cell in self.left.values()) / self.jobs
+
+
+def _print_outcomes(outcomes: list[Outcome], folder: Path, total: int) -> int:
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    print(f"{total - len(failed)} of {total} cells are finished; the report: zo-lightning report {folder}")
+    for outcome in failed:
+        print(f"zo-lightning: error: {outcome.cell}: {outcome.error}", file=sys.stderr)
+        print(f"  the whole of it: {folder / outcome.cell.folder / 'error.txt'}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def duration(seconds: float) -> str:
+    """A time to read: ``"45 s"``, ``"12 min"``, ``"3 h 20 min"``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,144 @@
+"""The shape of the loss where training ended: along the line between two minima, and around each."""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zo_lightning.study.results import Results
+from zo_lightning.study.runs import Fit, printing_to
+from zo_lightning.study.weights import Progress, pairs
+
+EXAMPLES = 1024
+POSITIONS = np.linspace(-0.25, 1.25, 31)
+NOISE = 0.1
+LINE = ("method", "net", "d", "seed", "position", "loss", "accuracy")
+SHARPNESS = ("method", "net", "d", "seed", "loss", "increase")
+_BATCH = 256
+
+Weights = dict[str, Tensor]
+Evaluate = Callable[[Weights], tuple[float, float]]
+
+
+def line_between(
+    a: Weights, b: Weights, evaluate: Evaluate, positions: np.ndarray = POSITIONS
+) -> list[tuple[float, ...]]:
+    """Position α, loss and accuracy at ``(1 − α) a + α b`` for each position (Goodfellow et al. 2015)."""
+    return [(float(t), *evaluate({name: torch.lerp(w, b[name], float(t)) for name, w in a.items()})) for t in positions]
+
+
+def sharpness(
+    weights: Weights, evaluate: Evaluate, noise: float = NOISE, samples: int = 10, seed: int = 0
+) -> tuple[float, float]:
+    """The loss at a minimum, and its mean increase when every filter is displaced by a share of its own norm.
+
+    ``E[L(w + σ ‖w_f‖ ξ_f / ‖ξ_f‖)] − L(w)``, ξ Gaussian, f a row of dimension 0 of each weight of two dimensions or
+    more (filter normalisation: Li et al., *Visualizing the loss landscape of neural nets*, 2018); biases stay. Unlike
+    curvature it does not change when a layer is scaled up and the next one down, which ReLU nets do not notice. It
+    needs no gradient. The noise is the same for every minimum of the same net.
+
+    Args:
+        weights: the minimum.
+        evaluate: gives the loss and the accuracy.
+        noise: the share ``σ``.
+        samples: draws of ξ.
+        seed: of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    at = evaluate(weights)[0]
+    losses = []
+    for _ in range(samples):
+        moved = {}
+        for name, w in weights.items():
+            xi = torch.randn(w.shape, generator=generator)
+            moved[name] = w + noise * _rows(w) * xi / _rows(xi) if w.ndim > 1 else w
+        losses.append(evaluate(moved)[0])
+    return at, float(np.mean(losses)) - at
+
+
+def measure_minima(
+    results: Results, build: Fit, progress: Progress = lambda what: None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Evaluate the last weights of every finished cell: the tables of `LINE` and of `SHARPNESS`.
+
+    Loss and accuracy are those of the first `EXAMPLES` training images of the run's own data, in its first epoch's
+    order. Position 0 is the reference, 1 the method. A cell without its last checkpoint is left out.
+
+    Args:
+        results: of the study.
+        build: makes model and data from a configuration, and trains nothing: it is asked for 0 epochs.
+        progress: told what is being done.
+    """
+    lines, around = [], []
+    partners = {ref.folder: [cell for cell, r in pairs(results) if r == ref] for _, ref in pairs(results)}
+    seen = set()
+    for cell in sorted(results.cells, key=lambda c: c.method != results.study.reference):  # the reference first
+        if cell.folder in seen:
+            continue
+        group = [cell, *partners.get(cell.folder, [])]
+        seen |= {one.folder for one in group}
+        evaluate, weights = None, {}
+        for one in group:
+            saved = _last_weights(results.folder / one.folder)
+            if saved is None:
+                continue
+            if evaluate is None:
+                progress(f"minimum of {one}")
+                evaluate = _evaluation(results.folder / one.folder, build)
+            weights[one] = saved
+            key = (one.method, one.net, results.nets[one.net], one.seed)
+            around.append((*key, *sharpness(saved, evaluate)))
+            if one != cell and cell in weights:
+                lines += [(*key, *point) for point in line_between(weights[cell], saved, evaluate)]
+    return pd.DataFrame(lines, columns=list(LINE)), pd.DataFrame(around, columns=list(SHARPNESS))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True).clamp_min(1e-30)
+
+
+def _last_weights(run: Path) -> Weights | None:
+    try:
+        checkpoint: Any = torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+        return {name: w for name, w in checkpoint["state_dict"].items() if w.is_floating_point()}
+    except Exception:  # absent or damaged, of which torch has half a dozen types
+        return None
+
+
+def _evaluation(run: Path, build: Fit) -> Evaluate:
+    silent = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.callbacks", "null"]
+    with printing_to(io.StringIO()):
+        trainer = build(["-c", str(run / "config.yaml"), "--trainer.max_epochs", "0", *silent])
+    module = trainer.lightning_module.eval()
+    images, labels = _examples(trainer.datamodule.train_dataloader())
+    return lambda weights: _evaluate(module, weights, images, labels)
+
+
+@torch.no_grad()
+def _evaluate(module: nn.Module, weights: Weights, images: Tensor, labels: Tensor) -> tuple[float, float]:
+    module.load_state_dict(weights, strict=False)
+    logits = torch.cat([module(batch) for batch in images.split(_BATCH)])
+    return float(F.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean())
+
+
+def _examples(batches: Any) -> tuple[Tensor, Tensor]:
+    images, labels = [], []
+    for image, label in _until(batches):
+        images.append(image)
+        labels.append(label)
+    return torch.cat(images)[:EXAMPLES], torch.cat(labels)[:EXAMPLES]
+
+
+def _until(batches: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    count = 0
+    for image, label in batches:
+        yield image, label
+        count += len(label)
+        if count >= EXAMPLES:
+            return

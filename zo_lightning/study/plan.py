@@ -1,0 +1,109 @@
+"""See that every configuration of a study can be trained, and how long it would take, before anything is written."""
+
+import io
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from zo_lightning.cli_errors import UserError
+from zo_lightning.study.grid import Cell, Study
+from zo_lightning.study.runs import Fit, parameters, printing_to, words_of
+
+_STEPS = 10
+_WARM_UP = 2
+_OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+# Some callbacks insist on a logger; that they exist is seen when the configuration is read.
+_SILENT = [*(word for name in _OFF for word in (f"--trainer.{name}", "false")), "--trainer.callbacks", "[]"]
+
+
+class Stopwatch(Callback):
+    """Note when each training step ends, in ``times`` [steps], seconds."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+
+def check(study: Study, fit: Fit) -> dict[str, int]:
+    """Build every method and every net of a study, without a step; return the nets' sizes d by label.
+
+    Raises:
+        UserError: one cannot be built; the message names the cell.
+    """
+    sizes: dict[str, int] = {}
+    for cell in _representatives(study):
+        trainer = _try(cell, study.options, fit, ["--trainer.max_epochs", "0"])
+        sizes.setdefault(cell.net, parameters(trainer))
+    return sizes
+
+
+def estimate(study: Study, sizes: dict[str, int], fit: Fit) -> dict[Cell, float]:
+    """Seconds that each cell would take alone, from a few steps of each method on the smallest and the largest net.
+
+    In between they are taken to grow linearly with d.
+    """
+    cells = [cell for cell in study.cells() if cell.seed == study.seeds[0]]
+    seconds: dict[tuple[str, str], float] = {}
+    for method in study.methods:
+        own = sorted((cell for cell in cells if cell.method == method), key=lambda cell: sizes[cell.net])
+        low, high = (_measure(cell, study.options, fit) for cell in (own[0], own[-1]))
+        span = max(1, sizes[own[-1].net] - sizes[own[0].net])
+        for cell in own:
+            share = (sizes[cell.net] - sizes[own[0].net]) / span
+            seconds[method, cell.net] = low + share * (high - low)
+    return {cell: seconds[cell.method, cell.net] for cell in study.cells()}
+
+
+def _representatives(study: Study) -> list[Cell]:
+    """Cells of the first seed that show each method, each net and each exception once."""
+    chosen: list[Cell] = []
+    methods, nets = set(), set()
+    for cell in (cell for cell in study.cells() if cell.seed == study.seeds[0]):
+        is_exception = cell.scale in study.methods[cell.method].by_scale
+        if cell.method not in methods or cell.net not in nets or is_exception:
+            chosen.append(cell)
+            methods.add(cell.method)
+            nets.add(cell.net)
+    return chosen
+
+
+def _measure(cell: Cell, options: Sequence[str], fit: Fit) -> float:
+    stopwatch = ["--trainer.callbacks+", f"{Stopwatch.__module__}.{Stopwatch.__name__}"]
+    trainer = _try(
+        cell, options, fit, ["--trainer.max_steps", str(_STEPS), "--trainer.num_sanity_val_steps", "0", *stopwatch]
+    )
+    times = next(callback for callback in trainer.callbacks if isinstance(callback, Stopwatch)).times[_WARM_UP - 1 :]
+    step = (times[-1] - times[0]) / max(1, len(times) - 1)
+    passes = max(1.0, getattr(trainer.lightning_module, "forward_passes", 0) / _STEPS)
+    batches = trainer.num_training_batches + sum(trainer.num_val_batches) / passes / (
+        trainer.check_val_every_n_epoch or 1
+    )
+    return step * batches * max(1, trainer.max_epochs or 1)
+
+
+def _try(cell: Cell, options: Sequence[str], fit: Fit, extra: list[str]) -> Any:
+    with _files(cell) as files, printing_to(io.StringIO()):
+        try:
+            return fit(words_of(cell, files, options, [*_SILENT, *extra]))
+        except (UserError, MisconfigurationException) as error:
+            message = str(error).replace(f"{files[0].parent}/", "overlay ")
+            raise UserError(f"{cell}: {message}") from error
+
+
+@contextmanager
+def _files(cell: Cell) -> Iterator[list[Path]]:
+    with TemporaryDirectory() as folder:
+        files = [Path(folder, f"{index}.yaml") for index in range(len(cell.overlays))]
+        for file, overlay in zip(files, cell.overlays, strict=True):
+            file.write_text(yaml.safe_dump(overlay, sort_keys=False), encoding="utf-8")
+        yield files

@@ -1,0 +1,133 @@
+"""The table of a study's results, read from its runs, and the published numbers to set beside them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from zo_lightning.cli_errors import UserError
+from zo_lightning.study.grid import Cell, Study
+from zo_lightning.study.runs import FAILED, FINISHED, is_finished, read_declaration
+
+PUBLISHED = Path(__file__).with_name("published.csv")
+# What the published study calls its methods, and what they are called here.
+_PUBLISHED_NAMES = {"AdaMM": "FO-AdaMM", "ZO-AdaMM": "ZO-AdaMM"}
+_METRICS = {
+    "train/loss_epoch": "train_loss",
+    "val/loss": "val_loss",
+    "val/acc": "val_accuracy",
+    "epoch/forward_passes": "forward_passes",
+    "epoch/seconds": "epoch_seconds",
+}
+COLUMNS = ("method", "net", "scale", "d", "seed", "epoch", *_METRICS.values(), "seconds")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a study has brought so far.
+
+    Attributes:
+        study: its declaration.
+        folder: of the study.
+        table: one row per finished cell and epoch, with `COLUMNS`. ``epoch`` counts from 1, ``d`` is the number of
+            weights, ``forward_passes`` (of a batch) and ``seconds`` (of training steps) add up from the beginning.
+        missing: cells without a run, and why.
+        published: the published numbers, or None where the study's data are others.
+    """
+
+    study: Study
+    folder: Path
+    table: pd.DataFrame
+    missing: dict[Cell, str]
+    published: pd.DataFrame | None
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The finished cells."""
+        return [cell for cell in self.study.cells() if cell not in self.missing]
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """Methods with a finished cell, the reference first."""
+        found = [method for method in self.study.methods if method in set(self.table["method"])]
+        return sorted(found, key=lambda method: method != self.study.reference)
+
+    @property
+    def others(self) -> list[str]:
+        """Methods that are compared with the reference."""
+        return [method for method in self.methods if method != self.study.reference]
+
+    @cached_property
+    def nets(self) -> dict[str, int]:
+        """Sizes d by net, smallest first."""
+        sizes = dict(zip(self.table["net"], self.table["d"], strict=True))
+        return dict(sorted(sizes.items(), key=lambda item: item[1]))
+
+
+def read_results(folder: Path) -> Results:
+    """Read the finished runs of a study; nothing is trained and nothing is written.
+
+    Raises:
+        UserError: the folder holds no study, or one without a finished cell.
+    """
+    study = read_declaration(folder)
+    tables, missing, data = [], {}, set()
+    for cell in study.cells():
+        run = folder / cell.folder
+        if not is_finished(folder, cell):
+            missing[cell] = "failed" if (run / FAILED).is_file() else "not finished" if run.exists() else "not begun"
+            continue
+        try:
+            tables.append(_read_run(run, cell))
+            data.add(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["class_path"])
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            missing[cell] = f"damaged ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+    if not tables:
+        reasons = sorted(set(missing.values()))
+        raise UserError(f"'{folder}': none of its {len(missing)} cells is finished ({', '.join(reasons)})")
+    is_published = {name.rpartition(".")[2] for name in data} == {"MNIST"}
+    return Results(study, folder, pd.concat(tables, ignore_index=True), missing, published() if is_published else None)
+
+
+def published() -> pd.DataFrame:
+    """The published means and standard deviations over 10 runs, by ``method`` (named as here), ``d`` and ``epoch``.
+
+    Source: *AdaMM vs ZO-AdaMM: convergence analysis and minima shape*, EPFL CS-439 mini-project, 2022. The published
+    code had defects (its perturbation was never undone, among others); the numbers are as they were published.
+    """
+    table = pd.read_csv(PUBLISHED, comment="#")
+    return table.assign(method=table["method"].map(_PUBLISHED_NAMES))
+
+
+def published_at(results: Results, method: str, d: int) -> pd.DataFrame:
+    """The published curve of a method at a size, within 1 %; empty where there is none."""
+    table = results.published
+    if table is None:
+        return pd.DataFrame(columns=["epoch"])
+    return table[(table["method"] == method) & ((table["d"] - d).abs() <= d / 100)]
+
+
+def write_results(results: Results, path: Path) -> None:
+    """Write the table as CSV, numbers to the last bit."""
+    results.table.to_csv(path, index=False)
+
+
+def _read_run(run: Path, cell: Cell) -> pd.DataFrame:
+    about: dict[str, Any] = yaml.safe_load((run / FINISHED).read_text(encoding="utf-8"))
+    log = pd.read_csv(run / "metrics.csv", dtype=str).astype(float)  # Python's own conversion: exact to the last bit
+    by_epoch = log[log["epoch"].notna()].groupby("epoch").last()  # of each column the last value
+    table = by_epoch.reindex(columns=list(_METRICS)).rename(columns=_METRICS).dropna(subset=["val_loss"])
+    if table.empty:
+        raise ValueError("no validation in its metrics.csv")
+    return table.reset_index().assign(
+        epoch=lambda t: t["epoch"].astype(int) + 1,
+        method=cell.method,
+        net=cell.net,
+        scale=cell.scale,
+        d=int(about["parameters"]),
+        seed=cell.seed,
+        seconds=by_epoch["epoch/seconds"].cumsum().reindex(table.index).to_numpy(),
+    )[list(COLUMNS)]
