@@ -272,7 +272,7 @@ BAD_INPUTS = {
     "fit --data.batch_size 0": "batch_size=0 must be a whole number of at least 1",
     "fit --data.val_size 5000": "val_size=5000 must be below the number of training images, 1433",
     # names
-    "fit --model.estimator ZerothOrdr": r"'ZerothOrdr' \(did you mean ZerothOrder\?\); there are Backprop, .*",
+    "fit --model.estimator ZerothOrdr": r"'ZerothOrdr' \(did you mean ZerothOrder\?\); there are .*Backprop, .*",
     "fit --model.optimizer Adm": r"unknown class 'Adm' \(did you mean Adam\?\); there are .*AdaMM.*SignSGD.*",
     "fit --model.estimator.directions Spher": r"'Spher' \(did you mean Sphere\?\); there are .*Gaussian.*Rademacher.*",
     "fit --model.net SmalCNN": r"'SmalCNN' \(did you mean SmallCNN\?\); there are ScalableCNN, SmallCNN.*",

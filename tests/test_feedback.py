@@ -1,8 +1,8 @@
+import copy
 import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from zo_lightning.feedback import Feedback, Shrinkage
 
@@ -51,44 +51,37 @@ def test_no_displacement_teaches_nothing() -> None:
     assert torch.equal(feedback.maps["a"], torch.zeros(4, C))
 
 
-def corrections(bias: float, noise: float, steps: int, n: int = 1000) -> Shrinkage:
+def trust(bias: float, noise: float, steps: int, n: int = 1000) -> float:
+    """λ after corrections of n numbers with ‖mean‖ = bias and variance noise²."""
     generator = torch.Generator().manual_seed(0)
-
-    def half() -> list[Tensor]:
-        return [bias / math.sqrt(n) + noise * math.sqrt(2 / n) * torch.randn(n, generator=generator)]
-
-    shrinkage = Shrinkage()
+    shrinkage, value = Shrinkage(), -1.0
     for _ in range(steps):
-        shrinkage.measure("a", half(), half())
-    return shrinkage
+        c = bias / math.sqrt(n) + noise / math.sqrt(n) * torch.randn(n, generator=generator)
+        value = shrinkage.measure("a", [c[:100], c[100:]])
+    return value
 
 
 def test_shrinkage_weighs_bias_against_noise() -> None:
-    """b = 1 and V = 4, τ = 10: λ = 1 / 1.4, less what two standard errors of b² cost.
+    """With b = 1 and V = 4, λ = 1 / (1 + 4/10) = 0.71.
 
-    <c₁, c₂> of n = 1,000 numbers has standard deviation 8/√1000 + 2·√8/√1000 at most, 0.43, and the mean of 39 of them
-    0.07: b² is taken as 0.86 ± 0.14 of the chance deviation, λ between 0.6 and 0.75.
+    <c, c̄> has standard deviation at most √(4/1000 + 4/10 · 4/1000 + 16/19/1000) < 0.09, and 0.007 in the mean of some
+    200 steps: λ is off by less than 0.01 · 0.3 · 3.
     """
-    assert 0.6 < corrections(1.0, 2.0, 500).weight("a") < 0.75
+    assert trust(1.0, 2.0, 600) == pytest.approx(1 / 1.4, abs=0.02)
 
 
 def test_shrinkage_does_not_take_noise_for_bias() -> None:
-    shrinkage = corrections(0.0, 2.0, 500)
-    # b² is 0 ± 0.05, of which two standard errors are taken off: more than 0.06 remains once in a thousand times.
-    assert shrinkage.weight("a") < 0.06 / (0.06 + 4 / 10)
-    assert corrections(1.0, 2.0, 1).weight("a") == 0.0, "one measurement says nothing of its own error"
-
-
-def test_shrinkage_trusts_the_mean_of_several_samples_more() -> None:
-    shrinkage = corrections(1.0, 2.0, 100)
-    assert shrinkage.weight("a") < shrinkage.weight("a", samples=4) < 1
+    # <c, c̄> has standard deviation 4/√(19 · 1000) = 0.03, and 0.002 in the mean: λ < 3 · 0.002 / 0.4.
+    assert trust(0.0, 2.0, 600) < 0.015
+    assert trust(1.0, 2.0, 1) == 0.0, "one step says nothing"
 
 
 def test_states_come_back() -> None:
-    shrinkage, again = corrections(1.0, 2.0, 10), Shrinkage()
-    again.load_state_dict(shrinkage.state_dict())
-    assert again.weight("a") == shrinkage.weight("a")
-    feedback, copy = Feedback(), Feedback()
+    shrinkage, again = Shrinkage(), Shrinkage()
+    shrinkage.measure("a", [torch.ones(4)])
+    again.load_state_dict(copy.deepcopy(shrinkage.state_dict()))
+    assert shrinkage.measure("a", [torch.ones(4)]) == again.measure("a", [torch.ones(4)]) == 1.0
+    feedback, restored = Feedback(), Feedback()
     feedback.learn({"a": torch.ones(B, 4)}, torch.ones(B, C), 0.5)
-    copy.load_state_dict(feedback.state_dict())
-    assert torch.equal(copy.maps["a"], feedback.maps["a"])
+    restored.load_state_dict(feedback.state_dict())
+    assert torch.equal(restored.maps["a"], feedback.maps["a"])

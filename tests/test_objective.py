@@ -67,7 +67,9 @@ def test_non_finite_loss(value: float) -> None:
         Objective(lambda: torch.tensor(value), nn.Linear(1, 1))()
 
 
-@pytest.mark.parametrize(("loss", "shown"), [(torch.zeros(3, 1), r"shape \(3, 1\)"), (None, "NoneType"), (1.0, "float")])
+@pytest.mark.parametrize(
+    ("loss", "shown"), [(torch.zeros(3, 1), r"shape \(3, 1\)"), (None, "NoneType"), (1.0, "float")]
+)
 def test_loss_must_be_a_scalar_tensor(loss: object, shown: str) -> None:
     with pytest.raises(ValueError, match=f"a tensor with one element, or with one per example, got {shown}"):
         Objective(lambda: loss, nn.Linear(1, 1))()  # type: ignore[arg-type,return-value]

@@ -1,5 +1,7 @@
 """What a watched pass sees of a net, and what it changes."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,11 @@ def watch(net: nn.Module, x: Tensor) -> tuple[WatchedPass, Tensor]:
 class Function(nn.Module):
     """A net written as one function of its weights."""
 
-    def __init__(self, function, **weights: Tensor) -> None:
+    w: Tensor
+    v: Tensor
+    b: Tensor
+
+    def __init__(self, function: Callable[["Function", Tensor], Tensor], **weights: Tensor) -> None:
         super().__init__()
         self.function = function
         for name, value in weights.items():
@@ -67,16 +73,18 @@ def test_what_has_no_rule_is_opaque() -> None:
 
 
 @pytest.mark.parametrize("relu", [F.relu, torch.relu, Tensor.relu, Tensor.relu_, nn.ReLU(), nn.ReLU(inplace=True)])
-def test_a_relu_hides_what_it_zeroes(relu) -> None:
+def test_a_relu_hides_what_it_zeroes(relu: Callable[[Tensor], Tensor]) -> None:
     net = Function(lambda self, x: relu(F.linear(x, self.w)).sum(1), w=torch.randn(5, 3))
     watched, _ = watch(net, x := torch.randn(B, 3))
     visible = watched.uses["w"].visible
     assert visible is not None and torch.equal(visible > 0, F.linear(x, net.w) > 0)
 
 
-@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, stride=1), lambda z: F.max_pool2d(z, 2, ceil_mode=True)])
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, stride=1), lambda z: F.max_pool2d(z, 2, ceil_mode=True)]
+)
 @pytest.mark.parametrize("order", ["relu first", "pool first", "no relu"])
-def test_visible_is_where_the_gradient_can_be(pool, order: str) -> None:
+def test_visible_is_where_the_gradient_can_be(pool: Callable[[Tensor], Tensor], order: str) -> None:
     steps = {"relu first": lambda z: pool(F.relu(z)), "pool first": lambda z: F.relu(pool(z)), "no relu": pool}
     net = Function(lambda self, x: steps[order](F.conv2d(x, self.w)).flatten(1), w=torch.randn(2, 1, 2, 2))
     watched, _ = watch(net, x := torch.randn(B, 1, 6, 6))
@@ -111,7 +119,7 @@ def test_outputs_are_displaced_and_later_passes_keep_the_first_ones_statistics()
     x, statistics = torch.randn(B, 3, dtype=torch.float64), {}
     outputs = []
     for shift in (0.0, 1.0):
-        watched = WatchedPass(net, lambda k, op, z, s=shift: torch.full_like(z, s), 1.0, statistics)
+        watched = WatchedPass(net, lambda key, op, z, s=shift: torch.full_like(z, s), 1.0, statistics)
         with torch.no_grad(), watched:
             outputs.append(net(x))
     sigma = (statistics["1.weight"][1] + 1e-5).sqrt()

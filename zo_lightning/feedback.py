@@ -8,19 +8,18 @@ from torch import Tensor
 
 
 class Feedback:
-    """One linear map per layer, ``hᵢ = mᵢ ∘ (B eᵢ)``, from the gradient ``e`` [B, C] of the net's output to a layer's.
+    """Linear maps ``hᵢ = mᵢ ∘ (B eᵢ)`` from the gradient ``e`` [B, C] by the net's output to those by layers' outputs.
 
-    ``m`` is 0 where a ReLU or a pooling hides the layer's output, else 1. ``Bᵀ`` is learned to be the mean Jacobian from
-    the layer to the net's output: every pass that displaces layers by ``δ`` shows how the output moved, ``y``, so no pass
-    is spent on it,
+    ``m`` is 0 where a ReLU or a pooling hides the layer's output, else 1. ``Bᵀ`` is learned to be the mean Jacobian
+    from the layer to the net's output: every pass that displaces layers by ``δ`` shows how the output moved, ``y``, so
+    no pass is spent on it,
 
-    ``B ← B + ρ Δᵀ (Δ Δᵀ + λ I)⁻¹ (Y − Δ B)``,
+    ``B ← B + ρ Δᵀ (Δ Δᵀ + α I)⁻¹ (Y − Δ B)``,
 
-    where a row of ``Δ`` is one example's ``m ∘ δ`` at all layers, and ``λ`` the mean of ``‖m ∘ δ‖²``: ridge regression on
-    what the maps leave unexplained, stable for ``ρ`` < 2 whatever the displacements (affine projection, Ozeki & Umeda
-    1984). That feedback weights can be learned from perturbations: Lansdell, Prakash & Kording, *Learning to solve the
-    credit assignment problem*, 2020; that nets train with feedback straight from the output: Nøkland, *Direct feedback
-    alignment*, 2016.
+    where a row of ``Δ`` is one example's ``m ∘ δ`` at all layers, and ``α`` the mean of ``‖m ∘ δ‖²``: ridge regression
+    on what the maps leave unexplained, stable for ``ρ`` < 2 whatever the displacements (affine projection: Ozeki &
+    Umeda 1984). Feedback weights learned from perturbations: Lansdell, Prakash & Kording, *Learning to solve the credit
+    assignment problem*, 2020. Feedback straight from the output: Nøkland, *Direct feedback alignment*, 2016.
 
     Attributes:
         maps: by layer, [numbers in the output of one example, C], float32.
@@ -67,8 +66,8 @@ class Shrinkage:
 
     ``h + λ c`` has mean squared error ``(1 − λ)² b² + λ² V`` if ``c`` has mean ``b`` and variance ``V``, and it is
     smallest there for ``τ = 1``. An optimizer with momentum averages noise over some ``τ`` steps but keeps what bias
-    lasts, so its ``λ`` is larger. ``b² = E<c, c̄>``, where ``c̄`` is the running mean of the last ``τ`` steps, whose noise
-    is independent, and ``V = E‖c‖² − b²``, as means over some 2/r steps.
+    lasts, so its ``λ`` is larger. ``b² = E<c, c̄>``, where ``c̄`` is the running mean of the last ``τ`` steps, whose
+    noise is independent, and ``V = E‖c‖² − b²``, both as running means of rate ``RATE``.
     """
 
     TAU = 10.0

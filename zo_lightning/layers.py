@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Noise = tuple[Tensor, ...]
-"""Of one weight, for each example: its entries [B, m n], or rows [B, m] and columns [B, n] whose outer product they are.
+"""Of one weight, for each example: its entries [B, m n], or rows [B, m] and columns [B, n], of which they are products.
 
 ``m`` is the length of the weight, ``n`` the numbers in one of its rows. Random signs have the same first two moments in
 both forms, ``E[u uᵀ] = I``; entries are independent, rows and columns are ``m + n`` numbers in place of ``m n``.
@@ -267,8 +267,8 @@ class Affine(Operation):
 class BatchNormalization(Affine):
     """Batch normalisation, whose statistics couple the examples: those of a step's first pass serve all its passes.
 
-    So an example's loss depends on its own noise alone. What that leaves out, how the input acts through the statistics,
-    ``project`` puts back for a layer right before.
+    So an example's loss depends on its own noise alone. What that leaves out, how the input acts through the
+    statistics, ``project`` puts back for a layer right before.
     """
 
     def __init__(
@@ -302,7 +302,6 @@ class BatchNormalization(Affine):
             return original()
         z = self.x if self.weight is None else self.x * self.weight.view(-1, *[1] * (self.x.ndim - 2))
         return z if self.bias is None else z + self.bias.view(-1, *[1] * (self.x.ndim - 2))
-
 
     def project(self, delta: Tensor) -> Tensor:
         """The gradient by the input from the one at fixed statistics: ``δ − mean(δ) − x̂ mean(δ x̂)``, means by channel.
@@ -447,8 +446,10 @@ def _by_example(weight: Tensor, x: Tensor) -> list[int]:
     shape = list(weight.shape)
     if len(shape) == x.ndim and shape[0] == 1:
         shape = shape[1:]
-    fits = len(shape) < x.ndim and all(n in (1, m) for n, m in zip(reversed(shape), reversed(x.shape[1:]), strict=False))
-    if not fits:  # the result is larger than the input, or each example has a weight of its own
+    pairs = zip(reversed(shape), reversed(x.shape[1:]), strict=False)
+    if len(shape) >= x.ndim or not all(
+        n in (1, m) for n, m in pairs
+    ):  # the result is larger than the input, or each example has a weight of its own
         raise NotImplementedError
     return shape
 

@@ -44,10 +44,10 @@ def module_calls(module: nn.Module, watched: WatchedPass) -> Iterator[list[_Call
 
 
 def output_of_the_net(calls: list[_Call], watched: WatchedPass, examples: int) -> tuple[str | None, str | None]:
-    """The name of the innermost module in which all uses of weights happen, and the key of the use that makes its output.
+    """The name of the innermost module in which all weights are used, and the key of the use that makes its output.
 
-    The module is None where no module's output [B, C] is all that the loss sees of the weights, the key where something
-    else, such as a softmax, makes the output.
+    The module is None where no module's output [B, C] is all that the loss sees of the weights; the key is None where
+    something else, such as a softmax, makes the output.
     """
     for call in calls:
         once = sum(other.name == call.name for other in calls) == 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,8 @@ _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _MAX_POOL = {F.max_pool1d, F.max_pool2d, F.max_pool3d}
 
 
-class Displacement(Protocol):
-    """What is added to the output of an operation, [B, ...] like it; None leaves it alone."""
-
-    def __call__(self, key: str, operation: Operation, output: Tensor) -> Tensor | None: ...
+Displacement = Callable[[str, Operation, Tensor], Tensor | None]
+"""From a use's key, operation and output to what is added to the output, [B, ...] like it; None leaves it alone."""
 
 
 @dataclass(eq=False)

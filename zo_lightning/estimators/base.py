@@ -39,7 +39,7 @@ class GradientEstimator(ABC):
         """What the estimator has learned about a module, if it learns: saved with checkpoints, as plain containers."""
         return {}
 
-    def load_state_dict(self, module: nn.Module, state: dict[str, Any]) -> None:
+    def load_state_dict(self, module: nn.Module, state: dict[str, Any]) -> None:  # noqa: B027 (most learn nothing)
         """Take up what ``state_dict`` gave, to continue a run exactly."""
 
 

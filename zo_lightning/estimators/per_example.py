@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property, reduce
@@ -34,27 +34,31 @@ _SHARED_SCALE = 0.1  # of weights without a rule, against outputs: these are of 
 class PerExample(GradientEstimator):
     """Every example of a batch carries its own noise through every layer, and learns from its own loss.
 
-    Example ``i`` sees each use ``l`` of weights displaced by ``μ δₗᵢ``, where ``δ = s ξ`` with random signs ``ξ`` is noise
-    on the output of the layer (node perturbation, Dembo & Kailath 1990; for deep nets Ren et al. 2023), or the change
-    that noise ``s ξ`` on this example's weights makes (in the spirit of Flipout, Wen et al. 2018). Its slope
-    ``cᵢ = (ℓᵢ⁺ − ℓᵢ⁻) / 2μ`` gives the gradient of its loss by the output of the layer, or by the weights,
+    Example ``i`` sees each use ``l`` of weights displaced by ``μ δₗᵢ``. Either ``δ = s ξ`` is noise on the output of
+    the layer, with random signs ``ξ`` (node perturbation: Dembo & Kailath 1990; for deep nets Ren et al. 2023), or it
+    is the change that noise ``s ξ`` on this example's weights makes there (such noise: Flipout, Wen et al. 2018). The
+    slope ``cᵢ = (ℓᵢ⁺ − ℓᵢ⁻) / 2μ`` gives the gradient of the example's loss by the output, or by the weights,
 
     ``ĝₗᵢ = hₗᵢ + λₗ (cᵢ − Σₖ <δₖᵢ, hₖᵢ>) ξₗᵢ / sₗ``,
 
-    and the layer's own formula turns that into the gradient of the weights. ``h`` is a prediction of ``g`` from the
-    gradient of the loss by the *net's output* (``Feedback``): where it is good, little is left for noise to find. With
-    ``λ = 1`` the estimate is unbiased to O(μ²) however bad ``h`` is; the default chooses each layer's ``λ`` where the mean
-    squared error is smallest (``Shrinkage``). Forward passes only; no autograd graph.
+    and the layer's own formula turns that into the gradient of the weights. ``h`` predicts ``g`` from the gradient of
+    the loss by the *net's output* (``Feedback``): where it is good, little is left for noise to find. With
+    ``correction=1`` the estimate is unbiased to O(μ²) however bad ``h`` is; the default chooses each layer's ``λ``
+    where the mean squared error is smallest (``Shrinkage``). Forward passes only; no autograd graph.
 
-    The net's output gradient is measured by asking the loss alone again, with the output displaced one number at a
-    time; no layer is run, so these are not counted as forward passes. The first step runs one forward pass more, to see
-    how the net uses its weights. Of memory it takes noise as large as the net's outputs, and the maps of ``Feedback``.
+    The gradient by the net's output is measured by asking the loss alone again, with the output displaced one number at
+    a time; no layer is run, so these are not counted as forward passes. Neither is the layers' formula for the weights,
+    which costs about one. The first step runs one forward pass more, to see how the net uses its weights. Memory: noise
+    as large as the outputs of all layers, the maps of ``Feedback``, and one more copy of the weights for ``"auto"``.
 
-    Weights that something without a rule uses (rules: linear, convolutions, embedding, attention, normalisations) get one
-    direction for the whole batch, as in ``ZerothOrder``, and are named in a log line. Examples are dimension 0 of every
-    layer's output. Batch normalisation in training mode couples the examples, so that a loss depends on all their noise:
-    a step's passes share the statistics of its first, and how weights act through these statistics is left out of the
-    gradient, except for ... TODO
+    Weights that something without a rule uses (rules: linear, convolutions, embedding, attention, normalisations,
+    addition, multiplication) get one direction for the whole batch, as in ``ZerothOrder``, and are named in a log line.
+    Examples are dimension 0 of every layer's output.
+
+    Batch normalisation in training mode couples the examples. All passes of a step take the statistics of its first,
+    so that a loss depends on its own example's noise alone; what this leaves out, how a layer acts through the
+    statistics, is put back for the layer right before, if its noise is on the output, and for ``h``. It stays out for
+    layers further back: the price is a bias (docs/estimators.md has it measured).
 
     Args:
         stencil: the finite difference. ``mu`` displaces outputs, which are of order 1, so it can be larger than on
@@ -65,8 +69,8 @@ class PerExample(GradientEstimator):
         layers: exceptions to ``space``, by patterns of the names of weights, such as ``{"conv*": "weights"}``.
         feedback: rate ``ρ`` in [0, 2) at which ``h`` learns; 0 leaves it out.
         correction: ``λ`` in [0, 1] for all layers, or ``"auto"``.
-        balance: adapt the scales ``sₗ`` to the predicted gradients, ``sₗ² ∝ √dimₗ / ‖gₗ‖``, where the sum of the layers'
-            variances is smallest; False: to the sizes of the layers only.
+        balance: adapt the scales ``sₗ`` to the predicted gradients, ``sₗ² ∝ √dimₗ / ‖gₗ‖``, where the sum of the
+            layers' variances is smallest; False: to the sizes of the layers only.
         seed: as in ``ZerothOrder``.
 
     Raises:
