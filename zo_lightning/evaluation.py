@@ -32,8 +32,8 @@ class Evaluation(ABC):
         """Yield for each of ``samples`` directions its losses at the stencil's offsets, and its tensors.
 
         Whenever this yields, returns, raises or is closed, the weights are those from before. The tensors of a
-        direction are the caller's, to change in place and to keep as ``.grad``; those of the first may be drawn into
-        the memory of the present ``.grad``, which is thereby lost.
+        direction are the caller's to change in place, until the next is asked for; those of the first also to keep as
+        ``.grad``, and they may be drawn into the memory of the present ``.grad``, which is thereby lost.
         """
 
 
@@ -58,8 +58,12 @@ class InPlace(Evaluation):
             raise ValueError(f"restore must be 'exact' or 'replay', got {self.restore!r}")
 
     @cached_property
-    def _copies(self) -> "_Copies":
-        return _Copies()
+    def _copies(self) -> "_Memory":
+        return _Memory()
+
+    @cached_property
+    def _drawn(self) -> "_Memory":
+        return _Memory()
 
     def slopes(
         self,
@@ -73,12 +77,13 @@ class InPlace(Evaluation):
     ) -> Iterator[tuple[tuple[float, ...], Iterable[Tensor]]]:
         """Yield losses and tensors direction after direction; the loss at offset 0 is asked once and shared."""
         centre = objective() if 0.0 in stencil.offsets else None
-        saved = self._copies.of(params) if self.restore == "exact" else None
+        saved = self._copies.like(params) if self.restore == "exact" else None
+        if saved is not None:
+            torch._foreach_copy_(saved, [p.detach() for p in params])
         for index in range(samples):
             if saved is not None:
-                u = directions.sample(
-                    params, seed, step, index, out=[_gradient(p) for p in params] if index == 0 else None
-                )
+                out = [_gradient(p) for p in params] if index == 0 else self._drawn.like(params)
+                u = directions.sample(params, seed, step, index, out)
                 walk = _Exact(params, saved, u, stencil.mu)
                 direction: Iterable[Tensor] = u
             else:
@@ -128,8 +133,8 @@ class _Replayed:
         self.offset = offset
 
 
-class _Copies:
-    """Copies of weights, whose memory is kept from one step to the next.
+class _Memory:
+    """Tensors like the weights, whose memory is kept from one step to the next.
 
     Memory that is given back and asked for again comes as new pages, each at the price of a page fault: on a net of
     2.8 million weights those took longer than the arithmetic of the whole step.
@@ -138,18 +143,16 @@ class _Copies:
     def __init__(self) -> None:
         self._kept = WeakIdKeyDictionary()
 
-    def of(self, params: Sequence[Tensor]) -> list[Tensor]:
-        copies = []
-        for p in params:
-            copy = self._kept.get(p)
-            if copy is None or not _alike(copy, p):
-                copy = self._kept[p] = torch.empty_like(p)
-            copies.append(copy)
-        with torch.no_grad():
-            torch._foreach_copy_(copies, list(params))
-        return copies
+    def like(self, params: Sequence[Tensor]) -> list[Tensor]:
+        return [self._one(p) for p in params]
 
-    def __reduce__(self) -> tuple[type["_Copies"], tuple[()]]:
+    def _one(self, p: Tensor) -> Tensor:
+        kept = self._kept.get(p)
+        if kept is None or not _alike(kept, p):
+            kept = self._kept[p] = torch.empty_like(p, memory_format=torch.contiguous_format)
+        return kept
+
+    def __reduce__(self) -> tuple[type["_Memory"], tuple[()]]:
         return type(self), ()
 
 
