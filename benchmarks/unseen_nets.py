@@ -66,7 +66,7 @@ class Task(NamedTuple):
     zo_lr: float
 
 
-# Attention varies more from example to example than feedback can predict, so the slopes are trusted more than by default.
+# What attention does varies from example to example, so feedback predicts less and slopes are trusted more.
 TASKS = {
     "transformer": Task(Transformer, 1000, 3e-3, PerExample(correction=0.1), 1e-3),
     "resnet": Task(SmallResNet, 100, 1e-3, PerExample(), 1e-3),
