@@ -150,7 +150,7 @@ def _perturbed(estimator: GradientEstimator, module: LightningModule, gradient: 
     The one that makes the net's output gets none where its gradient is measured.
     """
     known = estimator.state_dict(module)
-    dimensions = sum(dims for key, dims in known["dims"].items() if key != known["last"]) or 1.0
+    dimensions = sum(layer["dims"] for key, layer in known["layers"].items() if key != known["last"]) or 1.0
     squares = {name: value**2 for name, value in norm(gradient).items()}
     layer = (known["last"] or "").rpartition(".")[0]
     exact = sum(square for name, square in squares.items() if layer and name.rpartition(".")[0] == layer)
