@@ -19,14 +19,15 @@ FLOORS = {
     "snapshots": 0,
     "evaluation": 1,
     "passes": 1,
-    "estimators": 2,
-    "measures": 3,
-    "modules": 3,
-    "cli_errors": 3,
-    "callbacks": 4,
-    "study": 4,
-    "cli": 5,
-    "__main__": 6,
+    "output": 2,
+    "estimators": 3,
+    "measures": 4,
+    "modules": 4,
+    "cli_errors": 4,
+    "callbacks": 5,
+    "study": 5,
+    "cli": 6,
+    "__main__": 7,
 }
 # The package's own __init__ names everything, lazily, so it may import anything; for the others it is the roof.
 ROOF = "__init__"
