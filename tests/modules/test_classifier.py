@@ -1,14 +1,17 @@
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from zo_lightning import AutomaticClassifier, Backprop, Central, Classifier, ZerothOrder
+from zo_lightning import AutomaticClassifier, Backprop, Central, Classifier, PerExample, ZerothOrder
+from zo_lightning.data import Digits
 
 
 def loader() -> DataLoader:
@@ -60,6 +63,26 @@ def test_learns_and_predicts(estimator: Any, tmp_path: Path) -> None:
     predictions = torch.cat(fit.predict(module, loader()))  # type: ignore[arg-type]
     labels = loader().dataset.tensors[1]  # type: ignore[attr-defined]
     assert (predictions == labels).float().mean().item() > 0.9
+
+
+@pytest.mark.parametrize("estimator", [ZerothOrder(seed=0), PerExample(seed=0)], ids=lambda e: type(e).__name__)
+def test_law_7_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(estimator: Any, tmp_path: Path) -> None:
+    def fit(max_steps: int, resume: Path | None = None) -> Classifier:
+        torch.manual_seed(0)
+        conv = nn.Sequential(nn.Conv2d(1, 2, 5, stride=4), nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout(0.2), nn.Flatten())
+        module = Classifier(nn.Sequential(conv, nn.Linear(72, 10)), copy.deepcopy(estimator))
+        checkpoint = ModelCheckpoint(tmp_path / str(max_steps), every_n_train_steps=1, save_last=True)
+        options = {"max_steps": max_steps, "max_epochs": -1, "logger": False, "callbacks": [checkpoint]}
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
+        fit = Trainer(accelerator="cpu", default_root_dir=tmp_path, **options, **quiet)  # type: ignore[arg-type]
+        fit.fit(module, datamodule=Digits(batch_size=64, val_size=0, seed=0), ckpt_path=resume)
+        return module
+
+    whole = fit(30)  # an epoch has 23 batches
+    fit(14)
+    resumed = fit(30, tmp_path / "14" / "last.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
+    assert resumed.forward_passes == whole.forward_passes
 
 
 @pytest.mark.parametrize(
