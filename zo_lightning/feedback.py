@@ -31,6 +31,8 @@ class Feedback:
     def predict(self, key: str, error: Tensor, like: Tensor, mask: Tensor | None) -> Tensor | None:
         """``h`` [B, ...] of a layer whose output is ``like``; None before anything was learned, or at another size."""
         weight = self.maps.get(key)
+        if weight is not None and weight.device != error.device:  # of a checkpoint, which was loaded to the CPU
+            weight = self.maps[key] = weight.to(error.device)
         if weight is None or weight.shape != (like[0].numel(), error.shape[1]):
             return None
         h = (error.to(weight.dtype) @ weight.T).to(like.dtype).view_as(like)
@@ -42,7 +44,7 @@ class Feedback:
         for key, x in inputs.items():
             if key not in self.maps or self.maps[key].shape != (x.shape[1], response.shape[1]):
                 self.maps[key] = response.new_zeros(x.shape[1], response.shape[1])
-        unexplained = response.clone()
+        unexplained = response.nan_to_num(0.0, 0.0, 0.0)  # an output may be −inf for good, such as a masked choice
         gram = torch.zeros(len(response), len(response)).to(response)
         for key, x in inputs.items():
             unexplained.addmm_(x, self.maps[key], alpha=-1)
@@ -54,11 +56,11 @@ class Feedback:
 
     def state_dict(self) -> dict[str, Any]:
         """The maps."""
-        return {"maps": self.maps}
+        return {"maps": {key: weight.clone() for key, weight in self.maps.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what ``state_dict`` gave."""
-        self.maps = dict(state["maps"])
+        self.maps = {key: weight.clone() for key, weight in state["maps"].items()}
 
 
 class Shrinkage:
@@ -80,7 +82,9 @@ class Shrinkage:
     def measure(self, key: str, correction: list[Tensor]) -> float:
         """Take in one step's correction, one tensor for each weight of a layer; returns ``λ``."""
         steps, bias, power = self.moments.get(key, (0, 0.0, 0.0))
-        means = self.means.setdefault(key, [torch.zeros_like(c) for c in correction])
+        known = self.means.get(key, [torch.zeros_like(c) for c in correction])
+        # A checkpoint's means were loaded to the CPU.
+        means = self.means[key] = [mean.to(c.device) for mean, c in zip(known, correction, strict=True)]
         if steps:
             rate = max(self.RATE, 1 / steps)  # of the plain mean, while there are few
             bias += rate * (sum(float((c * mean).sum()) for c, mean in zip(correction, means, strict=True)) - bias)
@@ -92,8 +96,10 @@ class Shrinkage:
 
     def state_dict(self) -> dict[str, Any]:
         """The running means."""
-        return {"means": self.means, "moments": self.moments}
+        means = {key: [mean.clone() for mean in means] for key, means in self.means.items()}
+        return {"means": means, "moments": dict(self.moments)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what ``state_dict`` gave."""
-        self.means, self.moments = dict(state["means"]), dict(state["moments"])
+        self.means = {key: [mean.clone() for mean in means] for key, means in state["means"].items()}
+        self.moments = dict(state["moments"])

@@ -112,7 +112,7 @@ class Linear(Operation):
         return noise[0].view(len(self.x), *[1] * (self.x.ndim - 2), -1).expand(*self.x.shape[:-1], -1)
 
     def _collect_weight(self, delta: Tensor) -> Tensor:
-        return delta.flatten(0, -2).T @ self.x.flatten(0, -2)
+        return delta.flatten(0, -2).T @ self.x.flatten(0, -2).to(delta.dtype)
 
     def _collect_bias(self, delta: Tensor) -> Tensor:
         return delta.flatten(0, -2).sum(0)
@@ -174,8 +174,8 @@ class Convolution(Operation):
         assert self.weight is not None
         return torch.ops.aten.convolution_backward(
             delta.contiguous(),
-            self.x,
-            self.weight.detach(),
+            self.x.to(delta.dtype),
+            self.weight.detach().to(delta.dtype),
             None,
             self.stride,
             self.padding,
@@ -418,7 +418,9 @@ RULES: dict[Callable[..., Any], Callable[..., Operation]] = {
     F.rms_norm: rms_norm,
     F.group_norm: group_norm,
     **dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), shift),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__), gain),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), gain),
+    # In place the input is overwritten.
+    **dict.fromkeys((Tensor.mul_, Tensor.__imul__), lambda input, other: gain(input.clone(), other)),
 }
 """The operations that have a rule, as the functions that PyTorch's own modules call."""
 

@@ -19,6 +19,7 @@ class _Call:
 
     name: str
     output: Any
+    version: int
     before: int
     after: int
 
@@ -33,7 +34,9 @@ def module_calls(module: nn.Module, watched: WatchedPass) -> Iterator[list[_Call
         handles.append(submodule.register_forward_pre_hook(lambda *_: began.append(watched.events)))
         handles.append(
             submodule.register_forward_hook(
-                lambda *a, name=name: calls.append(_Call(name, a[2], began.pop(), watched.events))
+                lambda *a, name=name: calls.append(
+                    _Call(name, a[2], getattr(a[2], "_version", 0), began.pop(), watched.events)
+                )
             )
         )
     try:
@@ -44,17 +47,22 @@ def module_calls(module: nn.Module, watched: WatchedPass) -> Iterator[list[_Call
 
 
 def output_of_the_net(calls: list[_Call], watched: WatchedPass, examples: int) -> tuple[str | None, str | None]:
-    """The name of the innermost module in which all weights are used, and the key of the use that makes its output.
+    """The name of the module whose output is all that the loss sees of the weights, and the key of the use behind it.
 
-    The module is None where no module's output [B, C] is all that the loss sees of the weights; the key is None where
-    something else, such as a softmax, makes the output.
+    Of modules that return the same tensor it is the outermost: with its output replaced the least is left to compute.
+    The module is None where there is no such output [B, C]; the key is None where something else, such as a softmax or
+    a change in place, makes the output.
     """
-    for call in calls:
-        once = sum(other.name == call.name for other in calls) == 1
-        if not once or call.before != 0 or call.after != watched.events or not isinstance(call.output, Tensor):
+    names = [call.name for call in calls]
+    once = [call for call in calls if names.count(call.name) == 1 and isinstance(call.output, Tensor)]
+    for call in once:
+        shape = tuple(call.output.shape)
+        whole = call.before == 0 and call.after == watched.events
+        if not whole or len(shape) != 2 or shape[0] != examples or shape[1] > LARGEST:
             continue
-        if call.output.ndim == 2 and len(call.output) == examples and call.output.shape[1] <= LARGEST:
-            return call.name, next((key for key, use in watched.uses.items() if use.output is call.output), None)
+        outermost = [c for c in once if c.output is call.output and c.version == call.version][-1]
+        made_by = [k for k, u in watched.uses.items() if u.output is call.output and u.version == call.version]
+        return outermost.name, made_by[0] if made_by else None
     return None, None
 
 
@@ -65,7 +73,7 @@ def watched_output(module: nn.Module, name: str | None) -> Iterator[list[Tensor]
     if name is None:
         yield outputs
         return
-    handle = module.get_submodule(name).register_forward_hook(lambda *a: outputs.append(a[2]))
+    handle = module.get_submodule(name).register_forward_hook(lambda *a: outputs.append(a[2].clone()))
     try:
         yield outputs
     finally:

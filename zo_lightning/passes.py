@@ -27,6 +27,7 @@ class Use:
         key: the name of its first weight, with ``:1``, ``:2``, ... from the weight's second use on.
         operation: what used the weights.
         output: what the rest of the net saw, [B, ...].
+        version: PyTorch's count of the changes to the output's memory, to tell a later change in place.
         visible: > 0 where the loss can depend on the output, and 0 where a ReLU or a max-pooling hides it; None:
             everywhere.
         follower: the batch normalisation by the batch's own statistics that alone sees the output, if one does.
@@ -35,6 +36,7 @@ class Use:
     key: str
     operation: Operation
     output: Tensor
+    version: int = 0
     visible: Tensor | None = None
     follower: BatchNormalization | None = None
 
@@ -147,7 +149,7 @@ class WatchedPass(TorchFunctionMode):
         if delta is not None:
             output.add_(delta, alpha=self.offset)
         self.events += 1
-        use = self.uses[key] = Use(key, operation, output)
+        use = self.uses[key] = Use(key, operation, output, output._version)
         root = _Node(output, use, lambda mask: mask)
         self._roots.append(root)
         nodes = [root]

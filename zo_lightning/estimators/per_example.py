@@ -48,17 +48,19 @@ class PerExample(GradientEstimator):
 
     The gradient by the net's output is measured by asking the loss alone again, with the output displaced one number at
     a time; no layer is run, so these are not counted as forward passes. Neither is the layers' formula for the weights,
-    which costs about one. The first step runs one forward pass more, to see how the net uses its weights. Memory: noise
-    as large as the outputs of all layers, the maps of ``Feedback``, and one more copy of the weights for ``"auto"``.
+    which costs about one. The first step runs one forward pass more, to see how the net uses its weights. Memory: the
+    inputs and outputs of all layers in each pass and noise as large, the maps of ``Feedback``, and for ``"auto"`` one
+    more copy of the weights.
 
     Weights that something without a rule uses (rules: linear, convolutions, embedding, attention, normalisations,
     addition, multiplication) get one direction for the whole batch, as in ``ZerothOrder``, and are named in a log line.
     Examples are dimension 0 of every layer's output.
 
-    Batch normalisation in training mode couples the examples. All passes of a step take the statistics of its first,
-    so that a loss depends on its own example's noise alone; what this leaves out, how a layer acts through the
-    statistics, is put back for the layer right before, if its noise is on the output, and for ``h``. It stays out for
-    layers further back: the price is a bias (docs/estimators.md has it measured).
+    Batch normalisation in training mode couples the examples. All passes of a step take the statistics of its first
+    (where its weights are trainable: others stay coupled), so that a loss depends on its own example's noise alone. What
+    this leaves out, how a layer acts through the statistics, is put back for the layer right before, if its noise is on
+    the output, and for ``h``. It stays out for layers further back: the price is a bias (docs/estimators.md has it
+    measured).
 
     Args:
         stencil: the finite difference. ``mu`` displaces outputs, which are of order 1, so it can be larger than on
@@ -66,7 +68,8 @@ class PerExample(GradientEstimator):
         samples: ``q`` ≥ 1 noises per example, averaged; ``Central`` asks 2q forward passes.
         space: where the noise goes: ``"activations"``, ``"weights"``, or ``"auto"``: per layer the one with fewer
             perturbed dimensions, not counting outputs that a ReLU or a max-pooling hides.
-        layers: exceptions to ``space``, by patterns of the names of weights, such as ``{"conv*": "weights"}``.
+        layers: exceptions to ``space``, by patterns of the names of layers' first weights, such as
+            ``{"conv*": "weights"}``.
         feedback: rate ``ρ`` in [0, 2) at which ``h`` learns; 0 leaves it out.
         correction: ``λ`` in [0, 1] for all layers, or ``"auto"``.
         balance: adapt the scales ``sₗ`` to the predicted gradients, ``sₗ² ∝ √dimₗ / ‖gₗ‖``, where the sum of the
@@ -75,7 +78,7 @@ class PerExample(GradientEstimator):
 
     Raises:
         ValueError: an argument is out of its range; in ``backward``, also where the loss closure gives a scalar
-            instead of one loss per example.
+            instead of one loss per example, or a weight is used more often than in the first step.
     """
 
     stencil: Stencil = field(default_factory=lambda: Central(1e-2))
@@ -114,7 +117,9 @@ class PerExample(GradientEstimator):
         for p in params:
             p.grad = None
         try:
-            if not memory.layers:
+            trained = sorted(name for name, p in module.named_parameters() if p.requires_grad)
+            if memory.trained != trained:  # at first, and when weights were frozen or unfrozen
+                memory.trained, memory.layers, memory.shrinkage = trained, {}, Shrinkage()
                 self._look(objective, module, memory)
             total = torch.zeros((), device=params[0].device)
             for index in range(self.samples):
@@ -145,9 +150,9 @@ class PerExample(GradientEstimator):
             losses = objective.losses()
         watched.finish()
         uses = {k: u for k, u in watched.uses.items() if u.output.ndim > 1 and len(u.output) == len(losses)}
-        used = {id(w) for use in uses.values() for w in use.operation.weights}
         alien = {id(w) for k, use in watched.uses.items() if k not in uses for w in use.operation.weights}
-        memory.shared = watched.opaque | {n for i, n in watched.names.items() if i not in used or i in alien}
+        memory.used = set(watched.uses)
+        memory.shared = watched.opaque | {watched.names[i] for i in alien}
         if memory.shared:
             _log.warning(
                 "%s: no rule covers the use of %s: one direction for the whole batch, as in ZerothOrder",
@@ -168,7 +173,9 @@ class PerExample(GradientEstimator):
         in_weights = float(count(use.operation.weights))
         visible = use.output[0].numel() if use.visible is None else use.visible.sign().flatten(1).sum(1).mean()
         in_activations = max(float(visible), 1.0)
-        chosen = next((space for pattern, space in self.layers.items() if fnmatchcase(key, pattern)), self.space)
+        chosen = next(
+            (space for pattern, space in self.layers.items() if fnmatchcase(key.partition(":")[0], pattern)), self.space
+        )
         if chosen == "auto":
             chosen = "weights" if in_weights < in_activations else "activations"
         if isinstance(use.operation, Affine):
@@ -195,11 +202,21 @@ class PerExample(GradientEstimator):
         slope = self._difference(losses)
         error = None
         if memory.net is not None:
-            error = self._error(objective, module, memory.net, torch.stack(outputs).mean(0))
-        seen = [_Seen(key, layer, [one.uses[key] for one in passes], noise) for key, layer in memory.layers.items()]
+            output = torch.stack(outputs).to(torch.promote_types(outputs[0].dtype, torch.float32)).mean(0)
+            error = self._error(objective, module, memory.net, output)
+        if unknown := passes[0].uses.keys() - memory.used:
+            raise ValueError(
+                f"{type(self).__name__} needs to see all uses of weights in its first step: "
+                f"{', '.join(sorted(unknown))} is new"
+            )
+        seen = [
+            _Seen(key, layer, [one.uses[key] for one in passes], noise)
+            for key, layer in memory.layers.items()
+            if all(key in one.uses for one in passes)
+        ]
         for layer in seen:
             if error is not None and layer.key == memory.last:
-                layer.h = error
+                layer.h = error.to(layer.like.dtype)
             else:
                 slope -= layer.predict(memory.feedback, error)
         for layer in seen:
@@ -218,7 +235,8 @@ class PerExample(GradientEstimator):
         """The stencil's difference quotient of tensors, in float32 at least."""
         dtype = torch.promote_types(values[0].dtype, torch.float32)
         weights = torch.tensor(self.stencil.weights, dtype=dtype, device=values[0].device)
-        return torch.stack(values, -1).to(dtype) @ weights / self.stencil.mu
+        # Not as a matrix product, whose precision autocast would lower.
+        return (torch.stack(values, -1).to(dtype) * weights).sum(-1) / self.stencil.mu
 
     def _gradients(self, layer: "_Seen", slope: Tensor, shrinkage: Shrinkage) -> list[Tensor]:
         """The gradient of each weight of a layer, from slopes [B] that were divided by the number of examples."""
@@ -233,15 +251,14 @@ class PerExample(GradientEstimator):
     def _error(self, objective: Objective, module: nn.Module, net: str, output: Tensor) -> Tensor:
         """The gradient [B, C] of each example's loss by the net's output."""
         error = torch.empty_like(output)
-        with objective.probe(cost=0):
-            for c in range(output.shape[1]):
-                ends = []
-                for mu in (_LOSS_MU, -_LOSS_MU):
-                    moved = output.clone()
-                    moved[:, c] += mu
-                    with replaced_output(module, net, moved):
-                        ends.append(objective.losses())
-                error[:, c] = (ends[0] - ends[1]) / (2 * _LOSS_MU)
+        for c in range(output.shape[1]):
+            ends = []
+            for mu in (_LOSS_MU, -_LOSS_MU):
+                moved = output.clone()
+                moved[:, c] += mu
+                with objective.probe(cost=0), replaced_output(module, net, moved):
+                    ends.append(objective.losses())
+            error[:, c] = (ends[0] - ends[1]) / (2 * _LOSS_MU)
         return error
 
 
@@ -287,7 +304,9 @@ class _Memory:
     """What an estimator knows of one module: how it uses its weights, and what was learned."""
 
     def __init__(self) -> None:
+        self.trained: list[str] = []  # names of the weights that the look below was for
         self.layers: dict[str, _Layer] = {}
+        self.used: set[str] = set()  # keys of all uses
         self.shared: set[str] = set()  # names of weights that no rule covers
         self.net: str | None = None  # name of the module that makes the net's output
         self.last: str | None = None  # key of the use that makes it
@@ -305,6 +324,8 @@ class _Memory:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "trained": list(self.trained),
+            "used": sorted(self.used),
             "layers": {key: dict(vars(layer)) for key, layer in self.layers.items()},
             "shared": sorted(self.shared),
             "net": self.net,
@@ -315,6 +336,7 @@ class _Memory:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.layers = {key: _Layer(**layer) for key, layer in state["layers"].items()}
+        self.trained, self.used = list(state["trained"]), set(state["used"])
         self.shared = set(state["shared"])
         self.net, self.last = state["net"], state["last"]
         self.feedback.load_state_dict(state["feedback"])
@@ -358,15 +380,14 @@ class _Noise:
 
     def _draw(self, key: str, layer: _Layer, operation: Operation, output: Tensor) -> Tensor:
         if not layer.in_weights:
-            delta, power = self._signs(key, [output])[0], 1.0
+            delta = self._signs(key, [output])[0]
         else:
             sizes = [noise_sizes(w, output) for w in operation.weights]
             signs = iter(self._signs(key, [output.new_empty(len(output), n) for parts in sizes for n in parts]))
             self.of_weights[key] = [tuple(next(signs) for _ in parts) for parts in sizes]
             delta = operation.spread(self.of_weights[key])
-            power = float(delta.square().mean()) + 1e-12
         if not layer.scale:
-            layer.begin(power)
+            layer.begin(float(delta.square().mean()) + 1e-12)
         return delta * layer.scale  # not in place: what bias noise made is one number seen many times
 
     def _signs(self, key: str, places: list[Tensor]) -> list[Tensor]:
@@ -409,8 +430,8 @@ class _Seen:
     def from_noise(self, slope: Tensor) -> list[Tensor]:
         """The gradient of each weight, summed over the examples, that slopes [B] along the noise give."""
         if self.signs is not None:
-            weights = self.operation.weights
-            return [weigh(signs, slope / self.layer.scale, w) for signs, w in zip(self.signs, weights, strict=True)]
+            pairs = zip(self.signs, self.operation.weights, strict=True)
+            return [weigh(n, (slope / self.layer.scale).to(n[0].dtype), w).to(w.dtype) for n, w in pairs]
         assert self.delta is not None
         factors = (slope / self.layer.scale**2).to(self.delta.dtype)
         return self._collect(self.delta * factors.view(-1, *[1] * (self.delta.ndim - 1)))
@@ -421,7 +442,11 @@ class _Seen:
         return [grad.div_(len(self.h)) for grad in self._collect(self.h)]
 
     def _collect(self, delta: Tensor) -> list[Tensor]:
-        return self.operation.collect(delta if self.follower is None else self.follower.project(delta))
+        delta = delta if self.follower is None else self.follower.project(delta)
+        weights = self.operation.weights  # under autocast of another dtype than the outputs
+        with torch.autocast(delta.device.type, enabled=False):
+            grads = self.operation.collect(delta.to(weights[0].dtype))
+        return [grad.to(w.dtype) for grad, w in zip(grads, weights, strict=True)]
 
 
 def _mask(uses: list[Use]) -> Tensor | None:
@@ -444,7 +469,7 @@ class _SharedDirection:
 
     def move_to(self, offset: float) -> None:
         for p, saved, u in zip(self.params, self._saved, self._u, strict=True):
-            torch.add(saved, u, alpha=offset * _SHARED_SCALE, out=p.data)
+            torch.add(saved, u, alpha=offset * _SHARED_SCALE, out=p.data) if offset else p.data.copy_(saved)
 
     def accumulate(self, slope: float) -> None:
         for p, u in zip(self.params, self._u, strict=True):
