@@ -57,10 +57,10 @@ class PerExample(GradientEstimator):
     Examples are dimension 0 of every layer's output.
 
     Batch normalisation in training mode couples the examples. All passes of a step take the statistics of its first
-    (where its weights are trainable: others stay coupled), so that a loss depends on its own example's noise alone. What
-    this leaves out, how a layer acts through the statistics, is put back for the layer right before, if its noise is on
-    the output, and for ``h``. It stays out for layers further back: the price is a bias (docs/estimators.md has it
-    measured).
+    (where its weights are trainable: others stay coupled), so that a loss depends on its own example's noise alone.
+    What this leaves out, how a layer acts through the statistics, is put back for the layer right before, if its noise
+    is on the output, and for ``h``. It stays out for layers further back: the price is a bias (docs/estimators.md has
+    it measured).
 
     Args:
         stencil: the finite difference. ``mu`` displaces outputs, which are of order 1, so it can be larger than on
