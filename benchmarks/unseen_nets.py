@@ -69,7 +69,7 @@ class Task(NamedTuple):
 # What attention does varies from example to example, so feedback predicts less and slopes are trusted more.
 TASKS = {
     "transformer": Task(Transformer, 1000, 3e-3, PerExample(correction=0.1), 1e-3),
-    "resnet": Task(SmallResNet, 100, 1e-3, PerExample(), 1e-3),
+    "resnet": Task(SmallResNet, 60, 1e-3, PerExample(), 1e-3),
 }
 
 
