@@ -3,7 +3,7 @@
     python benchmarks/alignment.py --root ../shared/data [--scales 0.1112 12.33] [--draws 100]
 
 At the initial weights, and after some steps of backpropagation; every estimate is compared with the gradient of its own
-batch. "With feedback" is the default estimator, which has watched the steps before, as it does in training. Last comes
+batch. "With feedback" is the default estimator, which learns during these draws. Last comes
 the bias that batch normalisation leaves, in a net of three convolutions with it.
 """
 

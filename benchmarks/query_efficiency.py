@@ -65,10 +65,14 @@ METHODS = {
         9,
         32,
     ),
-    "directions per example": Method(ExampleDirections(feedback=0, correction=1.0), partial(_ADAM, lr=3e-3), 2),
-    "activations": Method(ActivationPerturbation(feedback=0, correction=1.0), partial(_ADAM, lr=3e-3), 2),
-    "per layer the better of both": Method(PerExample(feedback=0, correction=1.0), partial(_ADAM, lr=3e-3), 2),
-    "the same with feedback": Method(PerExample(), partial(_ADAM, lr=5e-3), 2),
+    "ExampleDirections without feedback": Method(
+        ExampleDirections(feedback=0, correction=1.0), partial(_ADAM, lr=3e-3), 2
+    ),
+    "ActivationPerturbation without feedback": Method(
+        ActivationPerturbation(feedback=0, correction=1.0), partial(_ADAM, lr=3e-3), 2
+    ),
+    "PerExample without feedback": Method(PerExample(feedback=0, correction=1.0), partial(_ADAM, lr=3e-3), 2),
+    "PerExample": Method(PerExample(), partial(_ADAM, lr=5e-3), 2),
 }
 NETS: dict[str, Callable[[], torch.nn.Module]] = {
     "digits": SmallCNN,
