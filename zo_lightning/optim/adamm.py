@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zo_lightning.optim.checks import check_lr, check_unit_interval
+from zo_lightning.optim.checks import check_at_least_0, check_lr, check_unit_interval
 
 
 class AdaMM(torch.optim.Optimizer):
@@ -40,10 +40,8 @@ class AdaMM(torch.optim.Optimizer):
         check_lr(lr)
         for index, beta in enumerate(betas):
             check_unit_interval(f"betas[{index}]", beta)
-        if not eps >= 0:
-            raise ValueError(f"eps must be at least 0, got {eps}")
-        if not weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+        check_at_least_0("eps", eps)
+        check_at_least_0("weight_decay", weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "foreach": foreach}
         super().__init__(params, defaults)
 
