@@ -48,7 +48,7 @@ def test_predicts_nothing_before_it_has_learned_or_for_another_size() -> None:
 def test_no_displacement_teaches_nothing() -> None:
     feedback = Feedback()
     feedback.learn({"a": torch.zeros(B, 4)}, torch.zeros(B, C), 0.5)
-    assert torch.equal(feedback.maps["a"], torch.zeros(4, C))
+    assert torch.equal(feedback.maps["a"], torch.zeros(C, 4))
 
 
 def trust(bias: float, noise: float, steps: int, n: int = 1000) -> float:

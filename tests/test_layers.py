@@ -68,6 +68,13 @@ def test_collect_is_the_gradient_of_the_weights(name: str) -> None:
 
 
 @cases
+def test_collects_a_sample_of_the_rows(name: str) -> None:
+    one, delta = operation(name), tensor(*output(name).shape)
+    for part, whole in zip(one.collect(delta, every=2), one.collect(delta), strict=True):
+        assert torch.allclose(part.view_as(whole[::2]), whole[::2])
+
+
+@cases
 @pytest.mark.parametrize("factored", [False, True])
 def test_spread_is_the_adjoint_of_collect(name: str, factored: bool) -> None:
     """``Σᵢ <spread(U)ᵢ, δᵢ> = Σᵢ <Uᵢ, collect(δᵢ)>``, with independent entries and with outer products."""

@@ -14,7 +14,7 @@ class Feedback:
     from the layer to the net's output: every pass that displaces layers by ``δ`` shows how the output moved, ``y``, so
     no pass is spent on it,
 
-    ``B ← B + ρ Δᵀ (Δ Δᵀ + α I)⁻¹ (Y − Δ B)``,
+    ``Bᵀ ← Bᵀ + ρ (Y − Δ B)ᵀ (Δ Δᵀ + α I)⁻¹ Δ``,
 
     where a row of ``Δ`` is one example's ``m ∘ δ`` at all layers, and ``α`` the mean of ``‖m ∘ δ‖²``: ridge regression
     on what the maps leave unexplained, stable for ``ρ`` < 2 whatever the displacements (affine projection: Ozeki &
@@ -22,7 +22,7 @@ class Feedback:
     assignment problem*, 2020. Feedback straight from the output: Nøkland, *Direct feedback alignment*, 2016.
 
     Attributes:
-        maps: by layer, [numbers in the output of one example, C], float32.
+        maps: ``Bᵀ`` by layer, [C, numbers in the output of one example], float32.
     """
 
     def __init__(self) -> None:
@@ -33,26 +33,26 @@ class Feedback:
         weight = self.maps.get(key)
         if weight is not None and weight.device != error.device:  # of a checkpoint, which was loaded to the CPU
             weight = self.maps[key] = weight.to(error.device)
-        if weight is None or weight.shape != (like[0].numel(), error.shape[1]):
+        if weight is None or weight.shape != (error.shape[1], like[0].numel()):
             return None
-        h = (error.to(weight.dtype) @ weight.T).to(like.dtype).view_as(like)
+        h = (error.to(weight.dtype) @ weight).to(like.dtype).view_as(like)
         return h if mask is None else h.mul_(mask)
 
     def learn(self, displacements: Mapping[str, Tensor], response: Tensor, rate: float) -> None:
         """Take one step from a batch: each layer's ``m ∘ δ`` [B, ...], and ``y`` [B, C]."""
         inputs = {key: displacement.flatten(1).to(response.dtype) for key, displacement in displacements.items()}
         for key, x in inputs.items():
-            if key not in self.maps or self.maps[key].shape != (x.shape[1], response.shape[1]):
-                self.maps[key] = response.new_zeros(x.shape[1], response.shape[1])
+            if key not in self.maps or self.maps[key].shape != (response.shape[1], x.shape[1]):
+                self.maps[key] = response.new_zeros(response.shape[1], x.shape[1])
         unexplained = response.nan_to_num(0.0, 0.0, 0.0)  # an output may be −inf for good, such as a masked choice
         gram = torch.zeros(len(response), len(response)).to(response)
         for key, x in inputs.items():
-            unexplained.addmm_(x, self.maps[key], alpha=-1)
+            unexplained.addmm_(x, self.maps[key].T, alpha=-1)
             gram.addmm_(x, x.T)
         gram.diagonal().add_(gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
         step = torch.cholesky_solve(unexplained, torch.linalg.cholesky(gram)).mul_(rate)
         for key, x in inputs.items():
-            self.maps[key].addmm_(x.T, step)
+            self.maps[key].addmm_(step.T, x)
 
     def state_dict(self) -> dict[str, Any]:
         """The maps."""
@@ -80,7 +80,7 @@ class Shrinkage:
         self.moments: dict[str, tuple[int, float, float]] = {}  # by layer: the number of steps, b², and E‖c‖²
 
     def measure(self, key: str, correction: list[Tensor]) -> float:
-        """Take in one step's correction, one tensor for each weight of a layer; returns ``λ``."""
+        """Take in one step's correction, one tensor for each weight of a layer, or a sample of it; returns ``λ``."""
         steps, bias, power = self.moments.get(key, (0, 0.0, 0.0))
         known = self.means.get(key, [torch.zeros_like(c) for c in correction])
         # A checkpoint's means were loaded to the CPU.
@@ -88,7 +88,7 @@ class Shrinkage:
         if steps:
             rate = max(self.RATE, 1 / steps)  # of the plain mean, while there are few
             bias += rate * (sum(float((c * mean).sum()) for c, mean in zip(correction, means, strict=True)) - bias)
-            power += rate * (sum(float(c.square().sum()) for c in correction) - power)
+            power += rate * (sum(float(torch.linalg.vector_norm(c)) ** 2 for c in correction) - power)
         for c, mean in zip(correction, means, strict=True):
             mean.lerp_(c, max(1 / self.TAU, 1 / (steps + 1)))
         self.moments[key] = steps + 1, bias, power

@@ -57,14 +57,20 @@ class Operation(ABC):
         assert total is not None
         return total
 
-    def collect(self, delta: Tensor) -> list[Tensor]:
-        """The gradient of each weight, from the gradients [B, ...] of each example's loss by its own output."""
+    def collect(self, delta: Tensor, every: int = 1) -> list[Tensor]:
+        """The gradient of each weight, from the gradients [B, ...] of each example's loss by its own output.
+
+        Args:
+            delta: the gradients by the outputs.
+            every: of each weight's rows only every ``every``-th, for a sample of the gradient.
+        """
         grads = []
         if self.trains_weight:
-            grads.append(self._collect_weight(delta))
+            grads.append(self._collect_weight(delta, every))
         if self.trains_bias:
-            grads.append(self._collect_bias(delta))
-        return [grad.view_as(w) for w, grad in zip(self.weights, grads, strict=True)]
+            grads.append(self._collect_bias(delta, every))
+        shapes = [w.shape if every == 1 else (-1, *w.shape[1:]) for w in self.weights]
+        return [grad.view(shape) for grad, shape in zip(grads, shapes, strict=True)]
 
     @abstractmethod
     def _spread_weight(self, *noise: Tensor) -> Tensor: ...
@@ -73,10 +79,10 @@ class Operation(ABC):
     def _spread_bias(self, *noise: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def _collect_weight(self, delta: Tensor) -> Tensor: ...
+    def _collect_weight(self, delta: Tensor, every: int) -> Tensor: ...
 
     @abstractmethod
-    def _collect_bias(self, delta: Tensor) -> Tensor: ...
+    def _collect_bias(self, delta: Tensor, every: int) -> Tensor: ...
 
 
 def noise_sizes(weight: Tensor, output: Tensor) -> list[int]:
@@ -111,11 +117,11 @@ class Linear(Operation):
     def _spread_bias(self, *noise: Tensor) -> Tensor:
         return noise[0].view(len(self.x), *[1] * (self.x.ndim - 2), -1).expand(*self.x.shape[:-1], -1)
 
-    def _collect_weight(self, delta: Tensor) -> Tensor:
-        return delta.flatten(0, -2).T @ self.x.flatten(0, -2).to(delta.dtype)
+    def _collect_weight(self, delta: Tensor, every: int) -> Tensor:
+        return delta[..., ::every].flatten(0, -2).T @ self.x.flatten(0, -2).to(delta.dtype)
 
-    def _collect_bias(self, delta: Tensor) -> Tensor:
-        return delta.flatten(0, -2).sum(0)
+    def _collect_bias(self, delta: Tensor, every: int) -> Tensor:
+        return delta[..., ::every].flatten(0, -2).sum(0)
 
 
 class Convolution(Operation):
@@ -170,12 +176,13 @@ class Convolution(Operation):
         geometry = zip(self.x.shape[2:], self.padding, self.dilation, self.weight.shape[2:], self.stride, strict=True)
         return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in geometry]
 
-    def _collect_weight(self, delta: Tensor) -> Tensor:
+    def _collect_weight(self, delta: Tensor, every: int) -> Tensor:
         assert self.weight is not None
-        return torch.ops.aten.convolution_backward(
-            delta.contiguous(),
+        skipped = every if self.groups == 1 else 1  # the channels of a group belong together
+        grad = torch.ops.aten.convolution_backward(
+            delta[:, ::skipped].contiguous(),
             self.x.to(delta.dtype),
-            self.weight.detach().to(delta.dtype),
+            self.weight.detach()[::skipped].to(delta.dtype),
             None,
             self.stride,
             self.padding,
@@ -185,9 +192,10 @@ class Convolution(Operation):
             self.groups,
             [False, True, False],
         )[1]
+        return grad if skipped == every else grad[::every]
 
-    def _collect_bias(self, delta: Tensor) -> Tensor:
-        return delta.flatten(2).sum((0, 2))
+    def _collect_bias(self, delta: Tensor, every: int) -> Tensor:
+        return delta[:, ::every].flatten(2).sum((0, 2))
 
 
 class Embedding(Operation):
@@ -222,14 +230,14 @@ class Embedding(Operation):
     def _spread_bias(self, *noise: Tensor) -> Tensor:
         raise AssertionError("an embedding has no bias")
 
-    def _collect_weight(self, delta: Tensor) -> Tensor:
+    def _collect_weight(self, delta: Tensor, every: int) -> Tensor:
         assert self.weight is not None
         grad = torch.zeros_like(self.weight).index_add_(0, self.x.flatten(), delta.flatten(0, -2))
         if self.padding_idx is not None:
             grad[self.padding_idx] = 0
-        return grad
+        return grad[::every]
 
-    def _collect_bias(self, delta: Tensor) -> Tensor:
+    def _collect_bias(self, delta: Tensor, every: int) -> Tensor:
         raise AssertionError("an embedding has no bias")
 
 
@@ -257,11 +265,15 @@ class Affine(Operation):
         values = noise[0] if len(noise) == 1 else noise[0].unsqueeze(2) * noise[1].unsqueeze(1)
         return values.view(len(values), *self.shape)
 
-    def _collect_weight(self, delta: Tensor) -> Tensor:
-        return self._collect_bias(delta * self.x)
+    def _collect_weight(self, delta: Tensor, every: int) -> Tensor:
+        return self._collect_bias(delta * self.x, every)
 
-    def _collect_bias(self, delta: Tensor) -> Tensor:
-        return delta.sum_to_size(1, *self.shape)
+    def _collect_bias(self, delta: Tensor, every: int) -> Tensor:
+        grad = delta.sum_to_size(1, *self.shape)
+        return grad if every == 1 else grad.view(self._weight_shape())[::every]
+
+    def _weight_shape(self) -> torch.Size:
+        return self.weights[0].shape
 
 
 class BatchNormalization(Affine):

@@ -27,6 +27,8 @@ _SIGNS = Rademacher()
 Space = Literal["auto", "activations", "weights"]
 _SPACES = ("auto", "activations", "weights")
 _LOSS_MU = 1e-2  # displaces the net's output, where the loss alone is asked
+_SAMPLE = 2**17  # numbers of a weight that are enough to measure bias and noise by,
+_LEAST_ROWS = 8  # in as many rows at least
 _SHARED_SCALE = 0.1  # of weights without a rule, against outputs: these are of order 1, weights less
 
 
@@ -49,8 +51,7 @@ class PerExample(GradientEstimator):
     The gradient by the net's output is measured by asking the loss alone again, with the output displaced one number at
     a time; no layer is run, so these are not counted as forward passes. Neither is the layers' formula for the weights,
     which costs about one. The first step runs one forward pass more, to see how the net uses its weights. Memory: the
-    inputs and outputs of all layers in each pass and noise as large, the maps of ``Feedback``, and for ``"auto"`` one
-    more copy of the weights.
+    inputs and outputs of all layers in each pass and noise as large, and the maps of ``Feedback``.
 
     Weights that something without a rule uses (rules: linear, convolutions, embedding, attention, normalisations,
     addition, multiplication) get one direction for the whole batch, as in ``ZerothOrder``, and are named in a log line.
@@ -240,13 +241,15 @@ class PerExample(GradientEstimator):
 
     def _gradients(self, layer: "_Seen", slope: Tensor, shrinkage: Shrinkage) -> list[Tensor]:
         """The gradient of each weight of a layer, from slopes [B] that were divided by the number of examples."""
+        if layer.delta is None or (layer.h is not None and self.correction == 0):
+            return layer.gradients(None)
+        correction = layer.correction(slope)
         if layer.h is None:
-            return layer.from_noise(slope)
-        if layer.delta is None or self.correction == 0:
-            return layer.from_prediction()
-        c = layer.from_noise(slope)
-        trust = shrinkage.measure(layer.key, c) if self.correction == "auto" else float(self.correction)
-        return [h.add_(part, alpha=trust) for h, part in zip(layer.from_prediction(), c, strict=True)]
+            return layer.gradients(correction)
+        trust = self.correction
+        if trust == "auto":
+            trust = shrinkage.measure(layer.key, layer.sample(correction))
+        return layer.gradients(correction, float(trust))
 
     def _error(self, objective: Objective, module: nn.Module, net: str, output: Tensor) -> Tensor:
         """The gradient [B, C] of each example's loss by the net's output."""
@@ -394,6 +397,10 @@ class _Noise:
         return _SIGNS.sample(places, self.seed, self.positions[key], 0)
 
 
+# To the gradient of the mean loss: by each example's output [B, ...], or by each weight where the noise is on weights.
+_Correction = Tensor | list[Tensor]
+
+
 class _Seen:
     """One use of weights in the passes of one sample, on its way to a gradient.
 
@@ -427,25 +434,41 @@ class _Seen:
         self.layer.norm += 0.01 * (norm - self.layer.norm)
         return along
 
-    def from_noise(self, slope: Tensor) -> list[Tensor]:
-        """The gradient of each weight, summed over the examples, that slopes [B] along the noise give."""
+    def correction(self, slope: Tensor) -> "_Correction":
+        """What slopes [B] along the noise say."""
         if self.signs is not None:
             pairs = zip(self.signs, self.operation.weights, strict=True)
             return [weigh(n, (slope / self.layer.scale).to(n[0].dtype), w).to(w.dtype) for n, w in pairs]
         assert self.delta is not None
         factors = (slope / self.layer.scale**2).to(self.delta.dtype)
-        return self._collect(self.delta * factors.view(-1, *[1] * (self.delta.ndim - 1)))
+        return self.delta * factors.view(-1, *[1] * (self.delta.ndim - 1))
 
-    def from_prediction(self) -> list[Tensor]:
-        """The gradient of each weight of the mean loss that ``h`` gives."""
-        assert self.h is not None
-        return [grad.div_(len(self.h)) for grad in self._collect(self.h)]
+    def sample(self, correction: "_Correction") -> list[Tensor]:
+        """A correction of the weights, or of every n-th row of weights so large that this saves time and memory."""
+        weights = self.operation.weights
+        every = max(1, min(max(w.numel() for w in weights) // _SAMPLE, len(weights[0]) // _LEAST_ROWS))
+        if isinstance(correction, Tensor):
+            return self._collect(correction, every)
+        return [part[::every] for part in correction] if every > 1 else correction
 
-    def _collect(self, delta: Tensor) -> list[Tensor]:
+    def gradients(self, correction: "_Correction | None", trust: float = 1.0) -> list[Tensor]:
+        """The gradient of each weight of the mean loss: the prediction plus ``trust`` times the correction."""
+        if self.h is None:
+            assert correction is not None
+            return self._collect(correction) if isinstance(correction, Tensor) else correction
+        if isinstance(correction, Tensor):  # both at once
+            return self._collect(correction.mul_(trust).add_(self.h, alpha=1 / len(self.h)))
+        grads = self._collect(self.h / len(self.h))
+        if correction is not None:
+            for grad, part in zip(grads, correction, strict=True):
+                grad.add_(part, alpha=trust)
+        return grads
+
+    def _collect(self, delta: Tensor, every: int = 1) -> list[Tensor]:
         delta = delta if self.follower is None else self.follower.project(delta)
         weights = self.operation.weights  # under autocast of another dtype than the outputs
         with torch.autocast(delta.device.type, enabled=False):
-            grads = self.operation.collect(delta.to(weights[0].dtype))
+            grads = self.operation.collect(delta.to(weights[0].dtype), every)
         return [grad.to(w.dtype) for grad, w in zip(grads, weights, strict=True)]
 
 
