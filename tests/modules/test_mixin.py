@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.demos.boring_classes import BoringModel, RandomDataset
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -122,6 +122,36 @@ def test_plateau_schedule_equals_that_of_automatic_optimization(tmp_path: Path) 
     assert rates[0] == rates[1]
     assert rates[1][-1] < rates[1][0] == 1e-2
     assert automatic.automatic_optimization and not estimated.automatic_optimization
+
+
+class Iterates(Callback):
+    """The weights after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.seen.append([p.detach().clone() for p in pl_module.parameters()])
+
+
+def test_iterates_are_averaged_by_lightnings_own_callback(tmp_path: Path) -> None:
+    runs = []
+    for averaging in ([], [EMAWeightAveraging(decay=0.5)]):
+        torch.manual_seed(7)
+        module, iterates = Estimated(), Iterates()
+        trainer(tmp_path, callbacks=[iterates, *averaging]).fit(module)
+        runs.append((list(module.parameters()), iterates.seen))
+    (_, plain), (averaged, same) = runs
+    assert len(plain) == 16
+    assert all(
+        torch.equal(a, b) for one, other in zip(plain, same, strict=True) for a, b in zip(one, other, strict=True)
+    )
+    expected = plain[0]
+    for weights_now in plain[1:]:
+        expected = [a.lerp(b, 0.5) for a, b in zip(expected, weights_now, strict=True)]
+    for ours, right, last in zip(averaged, expected, plain[-1], strict=True):
+        torch.testing.assert_close(ours.detach(), right)
+        assert not torch.allclose(ours, last)
 
 
 @pytest.mark.parametrize("estimator", FORWARD_ONLY, ids=lambda e: type(e).__name__)
