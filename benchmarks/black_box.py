@@ -4,7 +4,8 @@
 
 Every way estimates the gradient of the loss of 32 images, has the same number of forward passes, and is followed by the
 same update rule, ``NormalizedSGD`` with a linear decay, which takes away the size of an estimate: what is compared is
-where the estimates point. Only the first is in the library: the others did not do better here (docs/estimators.md).
+where the estimates point. Signs and normal numbers are in the library (``Rademacher``, ``Gaussian``); the others did
+not do better here (docs/estimators.md has the table).
 """
 
 import argparse
