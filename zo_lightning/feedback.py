@@ -22,7 +22,7 @@ class Feedback:
     assignment problem*, 2020. Feedback straight from the output: Nøkland, *Direct feedback alignment*, 2016.
 
     Attributes:
-        maps: ``Bᵀ`` by layer, [C, numbers in the output of one example], float32.
+        maps: ``Bᵀ`` by layer, [C, numbers in the output of one example], float32 or wider.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,10 @@ class Shrinkage:
     def measure(self, key: str, correction: list[Tensor]) -> float:
         """Take in one step's correction, one tensor for each weight of a layer, or a sample of it; returns ``λ``."""
         steps, bias, power = self.moments.get(key, (0, 0.0, 0.0))
-        known = self.means.get(key, [torch.zeros_like(c) for c in correction])
+        known = self.means.get(key, [])
+        if [mean.shape for mean in known] != [c.shape for c in correction]:  # at first, or of a layer that was replaced
+            steps, bias, power = 0, 0.0, 0.0
+            known = [torch.zeros_like(c) for c in correction]
         # A checkpoint's means were loaded to the CPU.
         means = self.means[key] = [mean.to(c.device) for mean, c in zip(known, correction, strict=True)]
         if steps:

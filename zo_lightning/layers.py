@@ -28,7 +28,10 @@ class Operation(ABC):
     Attributes:
         weights: those of its weights that are trainable, in the order of ``spread`` and ``collect``.
         x: the input [B, ...].
+        rows_are_alike: whether any of a weight's rows are a fair sample of them.
     """
+
+    rows_are_alike = True
 
     def __init__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
         self.x = x
@@ -270,10 +273,7 @@ class Affine(Operation):
 
     def _collect_bias(self, delta: Tensor, every: int) -> Tensor:
         grad = delta.sum_to_size(1, *self.shape)
-        return grad if every == 1 else grad.view(self._weight_shape())[::every]
-
-    def _weight_shape(self) -> torch.Size:
-        return self.weights[0].shape
+        return grad if every == 1 else grad.view(self.weights[0].shape)[::every]
 
 
 class BatchNormalization(Affine):
@@ -299,7 +299,9 @@ class BatchNormalization(Affine):
         self.frozen = statistics is not None
         self.couples = training
         if statistics is None and training:
-            var, mean = torch.var_mean(input, [d for d in range(input.ndim) if d != 1], correction=0)
+            # In float32, as the net's own pass has them: the passes of a step must not differ by rounding.
+            wide = input.to(torch.promote_types(input.dtype, torch.float32))
+            var, mean = torch.var_mean(wide, [d for d in range(input.ndim) if d != 1], correction=0)
             statistics = mean, var
         elif statistics is None:
             assert running_mean is not None and running_var is not None

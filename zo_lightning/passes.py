@@ -28,7 +28,7 @@ class Use:
         operation: what used the weights.
         output: what the rest of the net saw, [B, ...].
         version: PyTorch's count of the changes to the output's memory, to tell a later change in place.
-        visible: > 0 where the loss can depend on the output, and 0 where a ReLU or a max-pooling hides it; None:
+        visible: 1 where the loss can depend on the output, and 0 where a ReLU or a max-pooling hides it; None:
             everywhere.
         follower: the batch normalisation by the batch's own statistics that alone sees the output, if one does.
     """
@@ -104,10 +104,13 @@ class WatchedPass(TorchFunctionMode):
             try:
                 frozen = {"statistics": self.statistics.get(key)} if rule is BatchNormalization else {}
                 operation = rule(*args, **kwargs, **frozen)
-            except NotImplementedError:
+            except (NotImplementedError, TypeError):  # TypeError: an argument, such as ``out``, that the rule lacks
                 pass
             else:
-                read = [t for t in _tensors((args, kwargs.values())) if id(t) in self._nodes]
+                given = list(_tensors((args, kwargs.values())))
+                own = {id(w) for w in operation.weights}
+                self.opaque |= {self.names[id(t)] for t in given if id(t) in self.names and id(t) not in own}
+                read = [t for t in given if id(t) in self._nodes]
                 return self._displaced(key, operation, read, lambda: func(*args, **kwargs))
         watched = [t for t in _tensors((args, kwargs.values())) if id(t) in self._nodes or id(t) in self.names]
         if not watched:
@@ -115,7 +118,7 @@ class WatchedPass(TorchFunctionMode):
         if func in _MAX_POOL and not kwargs.get("return_indices"):
             return self._pooled(watched[0], *func(*args, **{**kwargs, "return_indices": True}))
         output = func(*args, **kwargs)
-        if any(True for _ in _tensors((output,))):
+        if func is Tensor.__setitem__ or any(True for _ in _tensors((output,))):
             opaque = {self.names[id(t)] for t in watched if id(t) in self.names}
             self.opaque |= opaque
             self.events += bool(opaque)
@@ -173,7 +176,7 @@ class WatchedPass(TorchFunctionMode):
             for node in self._nodes.get(id(tensor), []):
                 node.readers += 1
                 if gated is not None:
-                    node.gate = gated
+                    node.gate = gated.sign()  # now: it may be changed in place later
                     node.child = _Node(gated, node.use, node.lift)
                     children.append(node.child)
             if gated is not None:

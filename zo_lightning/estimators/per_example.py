@@ -57,7 +57,7 @@ class PerExample(GradientEstimator):
     addition, multiplication) get one direction for the whole batch, as in ``ZerothOrder``, and are named in a log line.
     Examples are dimension 0 of every layer's output.
 
-    Batch normalisation in training mode couples the examples. All passes of a step take the statistics of its first
+    Batch normalisation in training mode couples the examples. All passes of a sample take the statistics of its first
     (where its weights are trainable: others stay coupled), so that a loss depends on its own example's noise alone.
     What this leaves out, how a layer acts through the statistics, is put back for the layer right before, if its noise
     is on the output, and for ``h``. It stays out for layers further back: the price is a bias (docs/estimators.md has
@@ -120,8 +120,9 @@ class PerExample(GradientEstimator):
         try:
             trained = sorted(name for name, p in module.named_parameters() if p.requires_grad)
             if memory.trained != trained:  # at first, and when weights were frozen or unfrozen
-                memory.trained, memory.layers, memory.shrinkage = trained, {}, Shrinkage()
+                memory.trained, memory.layers, memory.shrinkage = [], {}, Shrinkage()
                 self._look(objective, module, memory)
+                memory.trained = trained  # not before: a look that failed is repeated
             total = torch.zeros((), device=params[0].device)
             for index in range(self.samples):
                 total += self._sample(objective, module, memory, mix(seed, step, index))
@@ -172,7 +173,7 @@ class PerExample(GradientEstimator):
 
     def _layer(self, key: str, use: Use) -> "_Layer":
         in_weights = float(count(use.operation.weights))
-        visible = use.output[0].numel() if use.visible is None else use.visible.sign().flatten(1).sum(1).mean()
+        visible = use.output[0].numel() if use.visible is None else use.visible.flatten(1).sum(1).mean()
         in_activations = max(float(visible), 1.0)
         chosen = next(
             (space for pattern, space in self.layers.items() if fnmatchcase(key.partition(":")[0], pattern)), self.space
@@ -202,14 +203,10 @@ class PerExample(GradientEstimator):
             shared.move_to(0.0)
         slope = self._difference(losses)
         error = None
-        if memory.net is not None:
+        if self.feedback and memory.net is not None:
             output = torch.stack(outputs).to(torch.promote_types(outputs[0].dtype, torch.float32)).mean(0)
             error = self._error(objective, module, memory.net, output)
-        if unknown := passes[0].uses.keys() - memory.used:
-            raise ValueError(
-                f"{type(self).__name__} needs to see all uses of weights in its first step: "
-                f"{', '.join(sorted(unknown))} is new"
-            )
+        self._check_uses(passes[0], memory, len(slope))
         seen = [
             _Seen(key, layer, [one.uses[key] for one in passes], noise)
             for key, layer in memory.layers.items()
@@ -231,6 +228,20 @@ class PerExample(GradientEstimator):
             displaced = {one.key: one.delta for one in seen if one.delta is not None}
             memory.feedback.learn(displaced, self._difference(outputs), self.feedback)
         return torch.stack(losses).mean()
+
+    def _check_uses(self, watched: WatchedPass, memory: "_Memory", examples: int) -> None:
+        """Refuse uses of weights that the first step did not show, and outputs that turn out not to be of examples."""
+        if unknown := (watched.uses.keys() - memory.used) | (watched.opaque - memory.shared):
+            raise ValueError(
+                f"{type(self).__name__} needs to see all uses of weights in its first step: "
+                f"{', '.join(sorted(unknown))} is new"
+            )
+        for key in memory.layers.keys() & watched.uses.keys():
+            if (rows := len(watched.uses[key].output)) != examples:
+                raise ValueError(
+                    f"the output of {key} has {rows} rows for {examples} examples: {type(self).__name__} needs examples "
+                    "as dimension 0 of every layer's output; freeze the weight, or use it in another way"
+                )
 
     def _difference(self, values: list[Tensor]) -> Tensor:
         """The stencil's difference quotient of tensors, in float32 at least."""
@@ -287,13 +298,13 @@ class _Layer:
         in_weights: whether its noise is on the weights.
         dims: how many numbers of it the loss can depend on.
         scale: ``s`` of its noise.
-        power: mean square of its output's displacement at scale 1.
+        power: mean square of its output's displacement at scale 1; 0 until it was displaced.
         norm: running mean of ``‖g‖²`` by what the noise is on.
     """
 
     in_weights: bool
     dims: float
-    scale: float = 0.0
+    scale: float = 1.0
     power: float = 0.0
     norm: float = 0.0
 
@@ -318,7 +329,7 @@ class _Memory:
 
     def rebalance(self) -> None:
         """Set ``sₗ² ∝ √dimₗ / ‖gₗ‖``, so that the largest displacement has mean square 1."""
-        layers = [layer for layer in self.layers.values() if layer.scale]
+        layers = [layer for layer in self.layers.values() if layer.power]
         for layer in layers:
             layer.scale = (layer.dims / max(layer.norm, 1e-30)) ** 0.25
         largest = max((layer.scale * math.sqrt(layer.power) for layer in layers), default=1.0)
@@ -389,8 +400,8 @@ class _Noise:
             signs = iter(self._signs(key, [output.new_empty(len(output), n) for parts in sizes for n in parts]))
             self.of_weights[key] = [tuple(next(signs) for _ in parts) for parts in sizes]
             delta = operation.spread(self.of_weights[key])
-        if not layer.scale:
-            layer.begin(float(delta.square().mean()) + 1e-12)
+        if not layer.power and (power := float(delta.square().mean())):
+            layer.begin(power)
         return delta * layer.scale  # not in place: what bias noise made is one number seen many times
 
     def _signs(self, key: str, places: list[Tensor]) -> list[Tensor]:
@@ -434,7 +445,7 @@ class _Seen:
         self.layer.norm += 0.01 * (norm - self.layer.norm)
         return along
 
-    def correction(self, slope: Tensor) -> "_Correction":
+    def correction(self, slope: Tensor) -> _Correction:
         """What slopes [B] along the noise say."""
         if self.signs is not None:
             pairs = zip(self.signs, self.operation.weights, strict=True)
@@ -443,15 +454,17 @@ class _Seen:
         factors = (slope / self.layer.scale**2).to(self.delta.dtype)
         return self.delta * factors.view(-1, *[1] * (self.delta.ndim - 1))
 
-    def sample(self, correction: "_Correction") -> list[Tensor]:
+    def sample(self, correction: _Correction) -> list[Tensor]:
         """A correction of the weights, or of every n-th row of weights so large that this saves time and memory."""
         weights = self.operation.weights
-        every = max(1, min(max(w.numel() for w in weights) // _SAMPLE, len(weights[0]) // _LEAST_ROWS))
+        every = 1
+        if self.operation.rows_are_alike and (parts := max(w.numel() for w in weights) // _SAMPLE) > 1:
+            every = max(1, min(parts, len(weights[0]) // _LEAST_ROWS))
         if isinstance(correction, Tensor):
             return self._collect(correction, every)
         return [part[::every] for part in correction] if every > 1 else correction
 
-    def gradients(self, correction: "_Correction | None", trust: float = 1.0) -> list[Tensor]:
+    def gradients(self, correction: _Correction | None, trust: float = 1.0) -> list[Tensor]:
         """The gradient of each weight of the mean loss: the prediction plus ``trust`` times the correction."""
         if self.h is None:
             assert correction is not None
@@ -475,7 +488,7 @@ class _Seen:
 def _mask(uses: list[Use]) -> Tensor | None:
     """1 where the loss could depend on the output in one pass at least, else 0; None: everywhere."""
     visible = [use.visible for use in uses if use.visible is not None]
-    return reduce(torch.maximum, visible).sign() if len(visible) == len(uses) else None
+    return reduce(torch.maximum, visible) if len(visible) == len(uses) else None
 
 
 class _SharedDirection:
