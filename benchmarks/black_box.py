@@ -37,7 +37,7 @@ class BlackBox:
         d: the number of weights.
         mu: the finite-difference step.
         momentum: running mean of the estimates so far, [d].
-        last: the value of the query before, for estimates by residuals.
+        last: the value of the query before, for estimates by residuals; None before the first.
         passes: queries so far.
     """
 
@@ -47,7 +47,8 @@ class BlackBox:
         self.net = ScalableCNN(1 / 9)
         self.weights = parameters_to_vector(self.net.parameters()).detach()
         vector_to_parameters(self.weights, self.net.parameters())  # they are views of it from now on
-        self.d, self.mu, self.passes, self.last = len(self.weights), 1e-3, 0, 0.0
+        self.d, self.mu, self.passes = len(self.weights), 1e-3, 0
+        self.last: float | None = None
         self.momentum = torch.zeros(self.d)
         self._images, self._labels = images, labels
 
@@ -137,27 +138,32 @@ def residual(f: BlackBox, q: int, kept: int) -> Tensor:
         f.next_batch()
     u = torch.randint(2, (f.d,), generator=f.random).float() * 2 - 1
     value = f(f.mu * u)
-    slope, f.last = (value - f.last) / f.mu, value
-    return slope * u
+    before, f.last = value if f.last is None else f.last, value
+    return (value - before) / f.mu * u
 
 
 def automatic_mu(f: BlackBox, q: int) -> Tensor:
-    """Signs, μ = 2 √(ε / |f″|) from the loss's float noise and its curvature (Moré & Wild 2012), every 900 queries."""
+    """Signs, μ = 2 √(ε / |f″|) from the loss's float noise and its curvature (Moré & Wild 2012), every 100 steps."""
     if f.passes % (100 * (q + 1)) == 0:
         u, far = f.normal(1)[0], 1e-2
         here, there, back = f(), f(far * u), f(-far * u)
         curvature = abs(there - 2 * here + back) / far**2
         f.mu = min(max(2 * math.sqrt(torch.finfo().eps * max(here, 1e-3) / max(curvature, 1e-6)), 1e-5), 1e-2)
-        f.passes -= 3  # so that the count keeps its rhythm; 3 in 900 are not what decides
+        f.passes -= 3  # so that the count keeps its rhythm; 3 in 100 steps are not what decides
     return signs(f, q)
 
 
 class Way(NamedTuple):
-    """An estimate, its number of directions, and whether it takes a new batch at every step."""
+    """An estimate, its number of directions, and whether each step has a new batch and asks for its loss itself."""
 
     estimate: Callable[[BlackBox, int], Tensor]
     q: int = 8
     renews: bool = True
+
+    @property
+    def queries(self) -> int:
+        """Of a step."""
+        return self.q + self.renews
 
 
 WAYS = {
@@ -169,8 +175,8 @@ WAYS = {
     "guided-0.1": Way(partial(guided, share=0.1)),
     "guided-0.5": Way(partial(guided, share=0.5)),
     "momentum-first": Way(momentum_first),
-    "residual": Way(partial(residual, kept=1), 0, renews=False),
-    "residual-kept-9": Way(partial(residual, kept=9), 0, renews=False),
+    "residual": Way(partial(residual, kept=1), 1, renews=False),
+    "residual-kept-9": Way(partial(residual, kept=9), 1, renews=False),
     "automatic-mu": Way(automatic_mu),
     "signs-128": Way(signs, 128),
     "normal-128": Way(normal, 128),
@@ -183,7 +189,7 @@ WAYS = {
 def accuracy(way: Way, seed: int, budget: int, lr: float, images: Tensor, labels: Tensor) -> float:
     """Held-out accuracy after a budget of forward passes of 128 images."""
     f = BlackBox(images[:-HELD_OUT], labels[:-HELD_OUT], seed)
-    steps = budget * 128 // BATCH // (way.q + 1)
+    steps = budget * 128 // BATCH // way.queries
     optimizer = NormalizedSGD([f.weights], lr, weight_decay=0.03)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(steps):
@@ -219,7 +225,7 @@ def main() -> None:
             found = [accuracy(WAYS[name], seed, options.budget, lr, images, labels) for seed in options.seeds]
             spread = f" ± {stdev(found):.3f}" if len(found) > 1 else ""
             row = " | ".join(f"{one:.3f}" for one in found)
-            print(f"| {name}, {WAYS[name].q or 1} | {lr:g} | {row} | {mean(found):.3f}{spread} |", flush=True)
+            print(f"| {name}, {WAYS[name].q} | {lr:g} | {row} | {mean(found):.3f}{spread} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from zo_lightning.__main__ import main
@@ -67,3 +70,22 @@ def test_documented_command_runs(
     assert code == 0, printed.err
     assert ("cells, 0 of them finished" if is_study else "after 2 steps") in printed.out
     assert {path.name for path in tmp_path.iterdir()} == {"configs", *WRITES.get(file.name, ())}
+
+
+def optimizers(node: Any) -> Iterator[dict[str, Any]]:
+    """All optimizers in a configuration that say what class they are of."""
+    if isinstance(node, dict):
+        found = node.get("optimizer")
+        if isinstance(found, dict) and "class_path" in found:
+            yield found
+        for value in node.values():
+            yield from optimizers(value)
+
+
+@pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(CONFIGS)) for file in FILES])
+def test_betas_are_written_where_the_optimizer_is_chosen(file: Path) -> None:
+    """Where a file beneath has some, an overlay that changes the class alone would inherit them unseen."""
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for method in (config.get("methods") or {"": config}).values():
+        chosen = [one for one in optimizers({**method, "by_scale": None}) if "Adam" in one["class_path"]]
+        assert all("betas" in one["init_args"] for one in chosen)

@@ -76,6 +76,14 @@ def test_shrinkage_does_not_take_noise_for_bias() -> None:
     assert trust(1.0, 2.0, 1) == 0.0, "one step says nothing"
 
 
+def test_shrinkage_begins_anew_for_a_layer_of_another_size() -> None:
+    shrinkage = Shrinkage()
+    for _ in range(2):
+        shrinkage.measure("a", [torch.ones(4)])
+    assert shrinkage.measure("a", [torch.ones(3), torch.ones(2)]) == 0.0
+    assert shrinkage.moments["a"][0] == 1
+
+
 def test_states_come_back() -> None:
     shrinkage, again = Shrinkage(), Shrinkage()
     shrinkage.measure("a", [torch.ones(4)])

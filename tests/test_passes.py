@@ -49,6 +49,20 @@ def test_every_use_is_seen_in_order_by_the_name_of_its_first_weight() -> None:
     assert not watched.opaque
 
 
+def test_batch_statistics_are_float32_under_autocast() -> None:
+    """Passes without displacement agree: the first one, which normalises by itself, and those by its statistics."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
+    x, statistics = torch.randn(B, 1, 8, 8) + 1, {}
+    outputs = []
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), WatchedPass(net, nothing, 1.0, statistics):
+            outputs.append(net(x).float())
+    assert statistics["1.weight"][0].dtype == torch.float32
+    # Only the rounding of the result to bfloat16 is left, in one of the passes: 2^-8 of numbers up to 4.
+    assert (outputs[0] - outputs[1]).abs().max() <= 4 * 2**-8
+
+
 def test_tied_and_functional_weights() -> None:
     def twice(self: Function, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.w), self.w, bias=self.b)

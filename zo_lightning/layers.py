@@ -204,6 +204,8 @@ class Convolution(Operation):
 class Embedding(Operation):
     """``z = W[x]`` for whole numbers ``x`` [B, ...]; a padding row stays without a gradient."""
 
+    rows_are_alike = False  # each is of other examples
+
     def __init__(
         self,
         input: Tensor,

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from zo_lightning import ActivationPerturbation, Backprop, Central, ExampleDirections, Forward, PerExample, ZerothOrder
 from zo_lightning.estimators import GradientEstimator
+from zo_lightning.objective import NonFiniteLoss
 
 B = 6
 
@@ -223,6 +224,111 @@ def test_a_net_that_uses_its_weights_more_often_than_at_first_is_refused() -> No
         estimator.backward(loss, net, 2)
 
 
+def test_a_use_without_a_rule_that_is_new_is_refused() -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    x, y, ruled = torch.randn(B, 3), torch.randint(3, (B,)), True
+
+    def loss() -> Tensor:
+        return F.cross_entropy(layer(x) if ruled else x @ layer.weight.T, y, reduction="none")
+
+    estimator = PerExample(seed=0)
+    estimator.backward(loss, layer, 0)
+    ruled = False
+    with pytest.raises(ValueError, match="all uses of weights in its first step: weight is new"):
+        estimator.backward(loss, layer, 1)
+
+
+def test_a_first_step_that_failed_is_repeated() -> None:
+    net, loss = problem(Residual)
+    estimator, factor = PerExample(seed=0), float("nan")
+    with pytest.raises(NonFiniteLoss):
+        estimator.backward(lambda: loss() * factor, net, 0)
+    factor = 1.0
+    estimator.backward(lambda: loss() * factor, net, 1)
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+
+
+class Odd(nn.Module):
+    """A class token that is written into a tensor, an input that is a weight, a scalar, and a shifted ReLU in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.latent, self.gain = (nn.Parameter(torch.randn(shape)) for shape in ((4,), (1, 3), ()))
+        self.inner, self.out = nn.Linear(3, 4), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.inner(x)
+        rows = x.new_zeros(len(x), 3, 4)
+        rows[:, 0] = self.token
+        rows[:, 1] = z + self.inner(self.latent)
+        rows[:, 2] = z.relu()
+        rows -= 1.0
+        return self.out(rows.tanh().flatten(1) * self.gain)
+
+
+def test_weights_in_unusual_places_are_unbiased_too() -> None:
+    torch.manual_seed(0)
+    net = Odd().double()
+    x, y = torch.randn(B, 3, dtype=torch.float64), torch.randint(3, (B,))
+
+    def loss() -> Tensor:
+        return F.cross_entropy(net(x), y, reduction="none")
+
+    exact = gradient(Backprop(), loss, net)
+    mean, error = moments(PerExample(Central(1e-5), correction=1.0, seed=1), loss, net, 400)
+    assert bool(((mean - exact).abs() <= 5 * error + 1e-5).all())
+    assert bool((error > 0).all()), "every weight is estimated"
+    PerExample(seed=0).backward(loss, net, 0)  # and the default, which measures bias and noise
+
+
+def test_a_relu_that_is_changed_in_place_keeps_its_mask() -> None:
+    def shifted(x: Tensor, in_place: bool) -> Tensor:
+        z = net[0](x).relu()
+        return net[1](z.sub_(1.0) if in_place else z - 1.0)
+
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 3)]).double()
+    x, y = torch.randn(B, 3, dtype=torch.float64), torch.randint(3, (B,))
+    grads = [
+        gradient(
+            ActivationPerturbation(feedback=0, seed=0),
+            lambda way=way: F.cross_entropy(shifted(x, way), y, reduction="none"),
+            net,
+        )
+        for way in (True, False)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+def test_outputs_that_are_not_of_examples_are_refused_when_it_shows() -> None:
+    """One row per place, as many places as examples: nothing tells them apart until a smaller batch comes."""
+    words, places, out = nn.Embedding(5, 4), nn.Embedding(B, 4), nn.Linear(4, 3)
+    x, y = torch.randint(5, (B, B)), torch.randint(3, (B,))
+    net = nn.ModuleList([words, places, out])
+
+    def loss(n: int) -> Tensor:
+        return F.cross_entropy(out((words(x[:n]) + places(torch.arange(B))).tanh().mean(1)), y[:n], reduction="none")
+
+    estimator = PerExample(seed=0)
+    estimator.backward(lambda: loss(B), net, 0)
+    with pytest.raises(ValueError, match=r"output of 1.weight has 6 rows for 3 examples"):
+        estimator.backward(lambda: loss(3), net, 1)
+    fresh = PerExample(seed=0)
+    for n in (3, B):
+        fresh.backward(lambda n=n: loss(n), net, n)
+
+
+def test_a_layer_that_sees_nothing_at_first_gets_its_scale_later() -> None:
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 3)).double()
+    y = torch.randint(3, (B,))
+    estimator = ExampleDirections(balance=False, seed=0)
+    for step, x in enumerate((torch.zeros(B, 3), torch.ones(B, 3))):
+        estimator.backward(lambda x=x: F.cross_entropy(net(x.double()), y, reduction="none"), net, step)
+    layer = estimator.state_dict(net)["layers"]["0.weight"]
+    assert layer["scale"] ** 2 * layer["power"] == pytest.approx(1.0)
+    assert layer["power"] == pytest.approx(3.0, rel=1.0)  # the square of a sum of three signs, 1 or 9
+
+
 def test_random_numbers_behind_the_net_are_the_same_in_every_question() -> None:
     """Each difference of the loss by the net's output sees one draw, or it would be divided noise."""
     net, _ = problem(Residual)
@@ -291,13 +397,13 @@ def test_scales_balance_the_layers() -> None:
     for step in range(20):
         estimator.backward(loss, net, step)
     layers = estimator.state_dict(net)["layers"].values()
-    ratios = [layer["scale"] ** 2 * layer["norm"] ** 0.5 / layer["dims"] ** 0.5 for layer in layers if layer["scale"]]
+    ratios = [layer["scale"] ** 2 * layer["norm"] ** 0.5 / layer["dims"] ** 0.5 for layer in layers if layer["power"]]
     assert ratios == pytest.approx([ratios[0]] * 4)
     assert max(layer["scale"] ** 2 * layer["power"] for layer in layers) == pytest.approx(1.0)
 
 
-def test_steps_repeat_exactly_from_a_saved_state() -> None:
-    net, loss = problem(Tied)
+def check_that_steps_repeat_from_a_saved_state(kind: type[nn.Module]) -> dict[str, Any]:
+    net, loss = problem(kind)
     estimator = PerExample(seed=0)
     for step in range(5):
         estimator.backward(loss, net, step)
@@ -307,6 +413,24 @@ def test_steps_repeat_exactly_from_a_saved_state() -> None:
     again.load_state_dict(net, saved)
     for step, g in zip((5, 6), expected, strict=True):
         assert torch.equal(gradient(again, loss, net, step), g)
+    return saved
+
+
+def test_steps_repeat_exactly_from_a_saved_state() -> None:
+    check_that_steps_repeat_from_a_saved_state(Tied)
+
+
+@pytest.mark.parametrize("kind", [Tied, Residual, Stats])
+def test_bias_and_noise_are_measured_on_a_sample_of_large_weights(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zo_lightning.estimators.per_example._SAMPLE", 8)
+    monkeypatch.setattr("zo_lightning.estimators.per_example._LEAST_ROWS", 1)
+    means = check_that_steps_repeat_from_a_saved_state(kind)["shrinkage"]["means"]
+    rows = {name: len(p) for name, p in kind().named_parameters()}
+    sampled = {key for key, (mean, *_) in means.items() if len(mean) < rows[key.partition(":")[0]]}
+    assert sampled
+    assert "words.weight" not in sampled, "an embedding's rows are of different examples"
 
 
 def test_a_copy_of_an_estimator_has_learned_nothing() -> None:

@@ -201,12 +201,12 @@ class PerExample(GradientEstimator):
                 outputs += output
         finally:
             shared.move_to(0.0)
+        self._check_uses(passes[0], memory, len(losses[0]))
         slope = self._difference(losses)
         error = None
         if self.feedback and memory.net is not None:
             output = torch.stack(outputs).to(torch.promote_types(outputs[0].dtype, torch.float32)).mean(0)
             error = self._error(objective, module, memory.net, output)
-        self._check_uses(passes[0], memory, len(slope))
         seen = [
             _Seen(key, layer, [one.uses[key] for one in passes], noise)
             for key, layer in memory.layers.items()
@@ -239,8 +239,8 @@ class PerExample(GradientEstimator):
         for key in memory.layers.keys() & watched.uses.keys():
             if (rows := len(watched.uses[key].output)) != examples:
                 raise ValueError(
-                    f"the output of {key} has {rows} rows for {examples} examples: {type(self).__name__} needs examples "
-                    "as dimension 0 of every layer's output; freeze the weight, or use it in another way"
+                    f"the output of {key} has {rows} rows for {examples} examples: {type(self).__name__} needs "
+                    "examples as dimension 0 of every layer's output; freeze the weight, or use it in another way"
                 )
 
     def _difference(self, values: list[Tensor]) -> Tensor:

@@ -121,7 +121,7 @@ class Classifier(EstimatedGradient, AutomaticClassifier):
         optimizer: makes the optimizer from the weights; AdaMM or anything of ``torch.optim``.
         lr_scheduler: makes the LR scheduler from the optimizer; None keeps the learning rate.
         lr_interval: ``"epoch"`` or ``"step"``: when the scheduler steps.
-        mu_follows_lr: scale the estimator's ``mu`` with the learning rate, with a floor of 1e-6.
+        mu_follows_lr: scale the estimator's ``mu`` with the learning rate, down to a thousandth.
         gradient_clip_val: largest norm of the gradient estimate, or None.
         num_classes: ≥ 2; the command line takes it from the data.
 

@@ -53,7 +53,7 @@ class EstimatedGradient(_Module):
         estimator: fills ``.grad``.
         gradient_clip_val: largest norm of the gradient estimate, or None; Lightning's own setting is for automatic
             optimization only.
-        mu_follows_lr: scale the stencil's ``mu`` by the ratio of the learning rate to its start, with a floor of 1e-6:
+        mu_follows_lr: scale the stencil's ``mu`` by the ratio of the learning rate to its start, down to a thousandth:
             a schedule that halves one then halves both.
         max_skipped_in_a_row: skipped steps in a row after which training stops.
         forward_passes: forward passes of a batch spent so far; backpropagation counts three per step.
@@ -88,7 +88,7 @@ class EstimatedGradient(_Module):
         if stencil is None or not self.mu_follows_lr:
             return stencil and stencil.mu
         group = self.trainer.optimizers[0].param_groups[0]
-        return max(1e-6, stencil.mu * group["lr"] / group["initial_lr"])
+        return stencil.mu * max(1e-3, group["lr"] / group["initial_lr"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Estimate the gradient of the underlying ``training_step``'s loss, and let the optimizer step."""
