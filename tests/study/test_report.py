@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -93,6 +94,58 @@ def test_partial_study_names_what_is_missing(finished: Path, tmp_path: Path, mon
     assert "5 of 8 cells are finished" in summary
     assert "Not drawn (exponent): an exponent needs two sizes" in summary
     assert (study / "report" / "accuracy.png").is_file()
+
+
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished / "lightning_logs" / "tiny", tmp_path / "tiny"))
+
+
+def test_runs_that_diverged_are_named_and_leave_no_verdict(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    study = copied(finished, tmp_path)
+    log = study / "ZO-AdaMM/ScalableCNN_1/seed_1/metrics.csv"
+    table = pd.read_csv(log)
+    table["val/loss"] = table["val/loss"].where(table["epoch"] < 2, np.inf)  # the last epoch's; NaN reads the same
+    table.to_csv(log, index=False)
+    snapshot = sorted((log.parent / "snapshots").iterdir())[-1]
+    save_file({name: w * np.nan for name, w in load_file(snapshot).items()}, snapshot)
+    monkeypatch.chdir(finished)
+    assert main(["report", str(study)]) == 0
+    summary = (study / "report" / "summary.md").read_text()
+    assert "Diverged, so that means over seeds have no value: ZO-AdaMM, ScalableCNN 1, seed 1." in summary
+    assert "ZO-AdaMM: none, since a loss is not finite after epoch 3" in summary
+    assert "Diverged" in (study / "report" / "report.html").read_text()
+
+
+def test_damaged_cells_are_missing_and_nowhere_else(finished: Path, tmp_path: Path) -> None:
+    study = copied(finished, tmp_path)
+    (study / "ZO-AdaMM/ScalableCNN_1/seed_1/config.yaml").unlink()
+    results = read_results(study)
+    assert [str(cell) for cell in results.missing] == ["ZO-AdaMM, ScalableCNN 1, seed 1"]
+    assert len(results.table) == 7 * 3
+    for config in study.rglob("config.yaml"):
+        config.unlink()
+    with pytest.raises(UserError, match="none of its 8 cells is finished"):
+        read_results(study)
+
+
+def test_without_the_data_all_but_the_minima_is_drawn(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    study = copied(finished, tmp_path)
+    for config in study.rglob("config.yaml"):
+        text = yaml.safe_load(config.read_text())
+        text["data"] = {"class_path": "MNIST", "init_args": {"root": str(tmp_path / "gone"), "download": True}}
+        config.write_text(yaml.safe_dump(text))
+    monkeypatch.chdir(finished)
+    assert main(["report", str(study)]) == 0
+    assert re.search(r"Not measured: .*gone' does not exist", (study / "report" / "summary.md").read_text())
+    assert (study / "report" / "cosine_ZO-AdaMM.png").is_file()
+    assert not (tmp_path / "gone").exists()
+
+
+def test_somebodys_own_results_are_no_report(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
+    monkeypatch.chdir(finished)
+    assert main(["report", "lightning_logs/tiny", "--output", str(tmp_path)]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
 
 
 def test_without_the_reference_curves_are_drawn_and_comparisons_are_not(

@@ -27,7 +27,7 @@ LABELS = {
     "forward_passes": "forward passes of a batch (backward = 2)",
     "seconds": "seconds of training steps",
 }
-SIZE = "weights d"
+SIZE = "number of weights d"
 
 
 class NothingToDraw(Exception):
@@ -59,7 +59,9 @@ def learning_curves(results: Results, quantity: str, against: str = "epoch") -> 
         if "loss" in quantity:
             axes.set_yscale("log")
             _plain_log_ticks(axes.yaxis)
-        if against != "epoch":
+        if against == "epoch":
+            _whole_epochs(axes)
+        else:
             axes.set_xscale("log")
             _plain_log_ticks(axes.xaxis, (1, 2, 5))
     _share_labels(figure, LABELS[against], LABELS[quantity])
@@ -94,50 +96,49 @@ def slowdown_exponent(results: Results) -> Figure:
     compared = _compared(results)
     if compared["d"].nunique() < 2:
         raise NothingToDraw("an exponent needs two sizes at least")
-    epoch = common_epoch(results.table)
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
+    start, last = np.nan, 0
     for method in results.others:
         own = _of(compared, method=method)
         if own["d"].nunique() < 2:
             continue
         style = _style(results, method)
+        epoch = common_epoch(own)
         at = own[own["epoch"] == epoch]
         alpha = exponent(at["d"].to_numpy(), at["val_loss"].to_numpy())
+        if np.isnan(alpha.value):  # a run has diverged
+            continue
         left.plot(at["d"], at["val_loss"], ls="none", marker=style["marker"], color=style["color"], ms=4, alpha=0.7)
         d = np.array(sorted(at["d"].unique()), dtype=float)
         middle = np.exp(
             np.log(at["val_loss"]).groupby(at["d"]).mean().mean() + alpha.value * (np.log(d) - np.log(d).mean())
         )
-        left.plot(d, middle, color=style["color"], label=f"{method}: α = {alpha:.2f}")
+        left.plot(d, middle, color=style["color"], label=f"{method}, epoch {epoch}: α = {alpha:.2f}")
+        start, last = (middle[0], epoch) if np.isnan(start) else (start, max(last, epoch))
         trend = exponents(own, "val_loss")
-        right.plot(trend["epoch"], trend["value"], color=style["color"])
+        right.plot(trend["epoch"], trend["value"], color=style["color"], label=method)
         right.fill_between(trend["epoch"], trend["low"], trend["high"], color=style["color"], alpha=0.2, lw=0)
+    if np.isnan(start):
+        raise NothingToDraw("no method has finite losses at two sizes")
     d = np.array(sorted(compared["d"].unique()), dtype=float)
-    start = compared[(compared["epoch"] == epoch) & (compared["d"] == d[0])]["val_loss"].mean()
     left.plot(d, start * np.sqrt(d / d[0]), color="black", ls="--", lw=1, label="α = 1/2 (theory's bound)")
     theirs = _published_ratio(results, "val_loss")
     if not theirs.empty:
-        last = theirs[theirs["epoch"] == min(epoch, int(theirs["epoch"].max()))]
-        found = exponent(last["d"].to_numpy(), last["ratio"].to_numpy())
-        left.plot(
-            last["d"],
-            last["ratio"],
-            color="grey",
-            lw=0.9,
-            ls=":",
-            marker=".",
-            label=f"published: α = {found.value:.2f}",
-        )
+        then = theirs[theirs["epoch"] == min(last, int(theirs["epoch"].max()))]
+        found = exponent(then["d"].to_numpy(), then["ratio"].to_numpy())
+        label = f"ZO-AdaMM, published, epoch {then['epoch'].iloc[0]}: α = {found.value:.2f}"
+        left.plot(then["d"], then["ratio"], color="grey", lw=0.9, ls=":", marker=".", label=label, zorder=1)
     left.set(xscale="log", yscale="log", xlabel=SIZE, ylabel=f"validation loss: method / {results.study.reference}")
     _plain_log_ticks(left.yaxis)
-    left.set_title(f"after epoch {epoch}", fontsize=9)
+    left.set_title("after the last epoch that all runs have", fontsize=9)
     right.axhline(0.5, color="black", ls="--", lw=1)
     right.axhline(0, color="grey", lw=0.8)
     right.set(xlabel="epoch", ylabel="exponent α")
     right.set_title("band: 95 % bootstrap over seeds; dashed: 1/2", fontsize=9)
+    _whole_epochs(right)
     _finish(left)
-    right.grid(alpha=0.3)
+    _finish(right)
     return figure
 
 
@@ -158,7 +159,7 @@ def final_accuracy(results: Results) -> Figure:
         axes.plot(own["d"] * beside, own["val_accuracy"], ls="none", marker=".", ms=3, color=style["color"], alpha=0.6)
         theirs = _published_last(results, method)
         if not theirs.empty:
-            axes.plot(theirs["d"], theirs["val_accuracy_mean"], color=style["color"], lw=0.9, ls=":")
+            axes.plot(theirs["d"], theirs["val_accuracy_mean"], color=style["color"], lw=0.9, ls=":", zorder=1)
     axes.set(xscale="log", xlabel=SIZE, ylabel="validation accuracy")
     axes.set_title("bars: 95 % interval of the mean over seeds; dots: seeds" + _dotted(results), fontsize=9)
     _finish(axes, outside=figure)
@@ -176,7 +177,7 @@ def epoch_time(results: Results) -> Figure:
         axes.fill_between(middle.index, middle[0.1], middle[0.9], color=style["color"], alpha=0.2, lw=0)
         theirs = _published_last(results, method)
         if not theirs.empty:
-            axes.plot(theirs["d"], theirs["epoch_seconds_mean"], color=style["color"], lw=0.9, ls=":")
+            axes.plot(theirs["d"], theirs["epoch_seconds_mean"], color=style["color"], lw=0.9, ls=":", zorder=1)
     axes.set(xscale="log", yscale="log", xlabel=SIZE, ylabel="seconds per epoch")
     _plain_log_ticks(axes.yaxis)
     axes.set_title("line: median over epochs and seeds; band: 10 % to 90 %" + _dotted(results), fontsize=9)
@@ -201,6 +202,7 @@ def weight_similarity(results: Results, similar: pd.DataFrame, measure: str, met
             label = "all weights" if is_all else layer
             _band(axes, curve["epoch"].to_numpy(float), curve, label=label, markevery=max(1, len(curve) // 6), **style)
         axes.set_title(_size_title(net, d), fontsize=9)
+        _whole_epochs(axes)
     name = {"cosine": "cosine similarity", "l2": "L2 distance"}[measure]
     _share_labels(figure, "epoch (0: the same initialisation)", f"{name}, {method} and {results.study.reference}")
     _legend_below(figure, panels)
@@ -208,7 +210,7 @@ def weight_similarity(results: Results, similar: pd.DataFrame, measure: str, met
 
 
 def matched_similarity(results: Results, similar: pd.DataFrame, method: str) -> Figure:
-    """Convolutions after the last epoch: the cosine as it is, and after the best matching of filters, against d."""
+    """Convolutions at the last snapshot: the cosine as it is, and after the best matching of filters, against d."""
     own = _of(similar, method=method).dropna(subset=["matched"])
     if own.empty:
         raise NothingToDraw("no two runs of the same net and seed have snapshots of a convolution")
@@ -264,7 +266,7 @@ def filter_trajectories(results: Results, layer: str, seed: int) -> Figure:
 
 
 def first_layer(results: Results, seed: int) -> Figure:
-    """The first convolution's filters after training as grey-scale images: a row per method, a block per size."""
+    """The first convolution's filters at the last snapshot as grey-scale images: a row per method, a block per size."""
     found = {net: first_filters(results, net, seed) for net in results.nets}
     found = {net: filters for net, filters in found.items() if filters}
     if not found:
@@ -341,6 +343,7 @@ def _by_size(results: Results, titles: Mapping[str, str], label: str) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(methods), len(titles), squeeze=False, sharex=True)
     colours = _size_colours(results)
+    published_drawn = False
     for row, method in zip(grid, methods, strict=True):
         for axes, (column, title) in zip(row, titles.items(), strict=True):
             for net, d in results.nets.items():
@@ -350,7 +353,8 @@ def _by_size(results: Results, titles: Mapping[str, str], label: str) -> Figure:
                 _band(axes, curve["epoch"].to_numpy(float), curve, color=colours[net], label=f"d = {d:,}")
                 theirs = _published_ratio(results, column, d) if method == "ZO-AdaMM" else pd.DataFrame()
                 if not theirs.empty:
-                    axes.plot(theirs["epoch"], theirs["ratio"], color=colours[net], lw=0.9, ls=":")
+                    axes.plot(theirs["epoch"], theirs["ratio"], color=colours[net], lw=0.9, ls=":", zorder=1)
+                    published_drawn = True
             axes.set_yscale("log")
             _plain_log_ticks(axes.yaxis)
             axes.set_title(title.format(method=method), fontsize=8)
@@ -358,8 +362,9 @@ def _by_size(results: Results, titles: Mapping[str, str], label: str) -> Figure:
         row[0].set_ylabel(label)
     for axes in grid[-1]:
         axes.set_xlabel("epoch")
+        _whole_epochs(axes)
     handles, names = grid[0][0].get_legend_handles_labels()
-    title = "published: dotted" if results.published is not None else None
+    title = "published: dotted" if published_drawn else None
     figure.legend(handles, names, loc="outside right center", fontsize=8, title=title, title_fontsize=8)
     return figure
 
@@ -389,13 +394,15 @@ def _published_ratio(results: Results, column: str, d: int | None = None) -> pd.
 
 
 def _published_last(results: Results, method: str) -> pd.DataFrame:
-    found = [published_at(results, method, d).tail(1) for d in results.nets.values()]
-    found = [table for table in found if not table.empty]
+    """The published means at the sizes of the study, after as many epochs as its longest run has."""
+    found = [published_at(results, method, d) for d in results.nets.values()]
+    found = [table[table["epoch"] <= results.table["epoch"].max()].tail(1) for table in found if not table.empty]
     return pd.concat(found) if found else pd.DataFrame()
 
 
 def _dotted(results: Results) -> str:
-    return "; dotted: published" if results.published is not None else ""
+    drawn = any(not _published_last(results, method).empty for method in results.methods)
+    return "; dotted: published, same epoch" if drawn else ""
 
 
 def _of(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
@@ -411,7 +418,7 @@ def _style(results: Results, method: str) -> dict[str, Any]:
 
 def _beside(results: Results, method: str) -> float:
     """A factor that moves a method's points a little aside: bars at the same size would hide each other."""
-    return float(1.03 ** (results.methods.index(method) - (len(results.methods) - 1) / 2))
+    return float(1.06 ** (results.methods.index(method) - (len(results.methods) - 1) / 2))
 
 
 def _size_colours(results: Results) -> dict[str, Any]:
@@ -471,6 +478,12 @@ def _finish(axes: Axes, outside: Figure | None = None) -> None:
     else:
         handles, names = axes.get_legend_handles_labels()
         outside.legend(handles, names, loc="outside right center", fontsize=8)
+
+
+def _whole_epochs(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def _plain_log_ticks(axis: Any, steps: tuple[float, ...] = (1, 1.5, 2, 3, 5, 7)) -> None:

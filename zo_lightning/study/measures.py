@@ -40,8 +40,14 @@ def mean_interval(values: ArrayLike, level: float = 0.95, bounds: tuple[float, f
 
 
 def over_seeds(table: pd.DataFrame, column: str, by: str = "epoch") -> pd.DataFrame:
-    """Mean, standard deviation (of a sample; NaN for one seed) and number of seeds of a column, by epoch."""
-    return table.groupby(by)[column].agg(["mean", "std", "count"]).reset_index()
+    """Mean, standard deviation (of a sample; NaN for one seed) and number of seeds of a column, by epoch.
+
+    A seed that is NaN makes the mean NaN: without a run that diverged the others would look better than the method is.
+    """
+    groups = table.groupby(by)[column]
+    return groups.agg(
+        mean=lambda values: values.mean(skipna=False), std=lambda values: values.std(skipna=False), count="count"
+    ).reset_index()
 
 
 def ratios(table: pd.DataFrame, reference: str) -> pd.DataFrame:
@@ -66,8 +72,10 @@ def exponent(d: ArrayLike, ratio: ArrayLike, level: float = 0.95, resamples: int
 
     Every size counts the same, however many seeds it has. The interval is a percentile bootstrap (Efron 1979) that
     draws at each size its seeds again, with replacement: it says how far seeds make the slope uncertain, not whether
-    the law is a power. Few seeds make it too narrow, by about ``√((n − 1)/n)``. NaN bounds where a size has one seed
-    only; all NaN for less than two sizes.
+    the law is a power. Resampled means vary too little by ``√((n − 1)/n)``, and few seeds leave the variance itself
+    uncertain: deviations are enlarged by the inverse of the one and by ``t/z``, the quantile of Student's t for
+    ``Σ (n − 1)`` degrees of freedom over the normal one. NaN bounds where a size has one seed only; all NaN for less
+    than two sizes, or where a ratio is not finite: a run has diverged.
 
     Args:
         d: the sizes, [n].
@@ -78,17 +86,23 @@ def exponent(d: ArrayLike, ratio: ArrayLike, level: float = 0.95, resamples: int
     """
     sizes, at = np.unique(np.asarray(d, dtype=float), return_inverse=True)
     logs = np.log(np.asarray(ratio, dtype=float))
-    if len(sizes) < 2:
+    if len(sizes) < 2 or not np.isfinite(logs).all():
         return Interval(np.nan, np.nan, np.nan)
     x = np.log(sizes) - np.log(sizes).mean()
     weights = x / (x @ x)  # the slope is a weighted sum of the means
     groups = [logs[at == index] for index in range(len(sizes))]
     value = float(weights @ [group.mean() for group in groups])
-    if min(map(len, groups)) < 2:
+    counts = np.array([len(group) for group in groups])
+    if counts.min() < 2:
         return Interval(value, np.nan, np.nan)
     rng = np.random.default_rng(seed)
-    draws = [group[rng.integers(len(group), size=(resamples, len(group)))].mean(1) for group in groups]
-    low, high = np.quantile(weights @ np.stack(draws), [(1 - level) / 2, (1 + level) / 2])
+    draws = [
+        group[rng.integers(n, size=(resamples, n))].mean(1) - group.mean()
+        for n, group in zip(counts, groups, strict=True)
+    ]
+    tail = np.array([(1 - level) / 2, (1 + level) / 2])
+    widened = stats.t.ppf(tail[1], (counts - 1).sum()) / stats.norm.ppf(tail[1])
+    low, high = value + widened * np.quantile((weights * np.sqrt(counts / (counts - 1))) @ np.stack(draws), tail)
     return Interval(value, float(low), float(high))
 
 
@@ -106,6 +120,6 @@ def final(table: pd.DataFrame) -> pd.DataFrame:
     return table.loc[table.groupby(["method", "net", "seed"])["epoch"].idxmax()]
 
 
-def common_epoch(table: pd.DataFrame) -> int:
-    """The last epoch that every run has reached."""
-    return int(table.groupby(["method", "net", "seed"])["epoch"].max().min())
+def common_epoch(compared: pd.DataFrame) -> int:
+    """The last epoch that every run of a table has reached, such as those of one method in ``ratios``."""
+    return int(compared.groupby(["method", "net", "seed"])["epoch"].max().min())

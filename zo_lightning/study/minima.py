@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,6 +75,9 @@ def measure_minima(
         results: of the study.
         build: makes model and data from a configuration, and trains nothing: it is asked for 0 epochs.
         progress: told what is being done.
+
+    Raises:
+        UserError: the data cannot be read; nothing is downloaded.
     """
     lines, around = [], []
     partners = {ref.folder: [cell for cell, r in pairs(results) if r == ref] for _, ref in pairs(results)}
@@ -112,9 +116,11 @@ def _last_weights(run: Path) -> Weights | None:
 
 
 def _evaluation(run: Path, build: Fit) -> Evaluate:
+    data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
+    offline = ["--data.download", "false"] if "download" in (data.get("init_args") or {}) else []
     silent = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.callbacks", "null"]
     with printing_to(io.StringIO()):
-        trainer = build(["-c", str(run / "config.yaml"), "--trainer.max_epochs", "0", *silent])
+        trainer = build(["-c", str(run / "config.yaml"), "--trainer.max_epochs", "0", *offline, *silent])
     module = trainer.lightning_module.eval()
     images, labels = _examples(trainer.datamodule.train_dataloader())
     return lambda weights: _evaluate(module, weights, images, labels)

@@ -21,8 +21,8 @@ from zo_lightning.study import figures
 from zo_lightning.study.figures import NothingToDraw
 from zo_lightning.study.grid import slug
 from zo_lightning.study.measures import common_epoch, exponent, final, mean_interval, ratios
-from zo_lightning.study.minima import NOISE, measure_minima
-from zo_lightning.study.results import Results, published_at, read_results, write_results
+from zo_lightning.study.minima import LINE, NOISE, SHARPNESS, measure_minima
+from zo_lightning.study.results import COLUMNS, Results, published_at, read_results, write_results
 from zo_lightning.study.runs import Fit
 from zo_lightning.study.weights import Progress, similarity
 
@@ -30,7 +30,7 @@ PAGE = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")
 _TABLE_NOTE = (
     "Means over seeds with their 95 % confidence interval (Student's t) in brackets. The difference to the reference "
-    "is paired by seed. Published: mean of 10 runs."
+    "is paired by seed. Published: mean of 10 runs, after the same epoch."
 )
 
 
@@ -71,9 +71,12 @@ def write_report(folder: Path, output: Path, build: Fit, progress: Progress = la
     results = read_results(folder)
     _claim(output)
     similar = similarity(results, progress)
-    line, around = measure_minima(results, build, progress)
+    try:
+        (line, around), unmeasured = measure_minima(results, build, progress), ""
+    except UserError as error:  # the runs' data are gone; the rest needs none
+        line, around, unmeasured = pd.DataFrame(columns=list(LINE)), pd.DataFrame(columns=list(SHARPNESS)), str(error)
     table = final_table(results)
-    sections = _sections(results, similar, line, around)
+    sections = [*_sections(results, similar), _minima_section(results, line, around, unmeasured)]
     write_results(results, output / "results.csv")
     for name, measured in (("similarity", similar), ("line", line), ("sharpness", around)):
         measured.to_csv(output / f"{name}.csv", index=False)
@@ -110,19 +113,20 @@ def final_table(results: Results) -> pd.DataFrame:
                 "std": f"{accuracy.std():.4f}" if len(own) > 1 else "–",
                 f"accuracy − {results.study.reference}'s": "–"
                 if difference.empty
-                else f"{mean_interval(difference):+.4f}",
+                else f"{mean_interval(difference, bounds=(-1, 1)):+.4f}",
                 "validation loss": f"{mean_interval(own['val_loss'], bounds=(0, np.inf)):.3f}",
                 "forward passes": _range(own["forward_passes"]),
                 "s / epoch": f"{own['epoch_seconds'].median():.2f}",
             }
             if results.published is not None:
                 theirs = published_at(results, method, d)
+                theirs = theirs[theirs["epoch"] <= own["epoch"].max()]
                 row["published accuracy"] = "–" if theirs.empty else f"{theirs['val_accuracy_mean'].iloc[-1]:.4f}"
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _sections(results: Results, similar: pd.DataFrame, line: pd.DataFrame, around: pd.DataFrame) -> list[Section]:
+def _sections(results: Results, similar: pd.DataFrame) -> list[Section]:
     ref, seed = results.study.reference, results.cells[0].seed
     curve = partial(figures.learning_curves, results)
     published = ", published means dotted" if results.published is not None else ""
@@ -187,14 +191,14 @@ def _sections(results: Results, similar: pd.DataFrame, line: pd.DataFrame, aroun
                     partial(figures.filter_trajectories, results, layer, seed),
                     f"Filters of {layer} at every snapshot, one embedding per size, initialised by PCA.",
                 )
-                for layer in _convolutions(similar)
+                for layer in _convolutions(similar) or ["convolutions"]
             ],
         ),
         Section(
             "filters",
             "7. First layer",
             f"Seed {seed}; each filter in its own range of greys.",
-            [Drawing("filters", lambda: figures.first_layer(results, seed), "First convolution after the last epoch.")],
+            [Drawing("filters", lambda: figures.first_layer(results, seed), "First convolution, last snapshot.")],
         ),
         Section(
             "budget",
@@ -210,23 +214,6 @@ def _sections(results: Results, similar: pd.DataFrame, line: pd.DataFrame, aroun
                 )
                 for quantity in ("val_accuracy", "val_loss")
                 for against in ("forward_passes", "seconds")
-            ],
-        ),
-        Section(
-            "minima",
-            "9. Between and around the minima",
-            _answer_minima(results, line, around),
-            [
-                Drawing(
-                    f"line_{quantity}",
-                    partial(figures.minima_line, results, line, quantity),
-                    f"{quantity.capitalize()} on the straight line between the last weights, on training images. "
-                    "Mean ± standard deviation over seeds.",
-                )
-                for quantity in ("loss", "accuracy")
-            ]
-            + [
-                Drawing("sharpness", lambda: figures.sharpness_by_size(results, around), "Filter-normalised sharpness.")
             ],
         ),
     ]
@@ -252,6 +239,20 @@ def _sections(results: Results, similar: pd.DataFrame, line: pd.DataFrame, aroun
     return sections
 
 
+def _minima_section(results: Results, line: pd.DataFrame, around: pd.DataFrame, unmeasured: str) -> Section:
+    section = Section("minima", "9. Between and around the minima", _answer_minima(results, line, around))
+    if unmeasured:
+        section.answer = f"Not measured: {unmeasured}."
+        return section
+    for quantity in ("loss", "accuracy"):
+        caption = f"{quantity.capitalize()} on the straight line between the last weights, on training images. "
+        draw = partial(figures.minima_line, results, line, quantity)
+        section.figures.append(Drawing(f"line_{quantity}", draw, caption + "Mean ± standard deviation over seeds."))
+    draw = partial(figures.sharpness_by_size, results, around)
+    section.figures.append(Drawing("sharpness", draw, "Filter-normalised sharpness."))
+    return section
+
+
 def _convolutions(similar: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(similar.dropna(subset=["matched"])["layer"]))
 
@@ -261,7 +262,7 @@ def _answer_accuracy(results: Results) -> str:
     said = []
     for method in results.methods:
         means = last[last["method"] == method].groupby("d")["val_accuracy"].mean()
-        said.append(f"{method}: {_span(means, '.3f')}")
+        said.append(f"{method}: {_span(results, means, '.3f')}")
     return f"Validation accuracy after the last epoch, {_sizes(results)}: " + "; ".join(said) + "."
 
 
@@ -269,29 +270,36 @@ def _answer_exponent(results: Results) -> str:
     compared = ratios(results.table, results.study.reference)
     if compared.empty or compared["d"].nunique() < 2:
         return "An exponent needs the reference and another method at two sizes at least."
-    epoch = common_epoch(results.table)
     said = []
     for method in results.others:
-        at = compared[(compared["method"] == method) & (compared["epoch"] == epoch)]
-        if at["d"].nunique() < 2:
+        own = compared[compared["method"] == method]
+        if own["d"].nunique() < 2:
             continue
+        epoch = common_epoch(own)
+        at = own[own["epoch"] == epoch]
         alpha = exponent(at["d"].to_numpy(), at["val_loss"].to_numpy())
         train = exponent(at["d"].to_numpy(), at["train_loss"].to_numpy())
+        if np.isnan(alpha.value):
+            said.append(f"{method}: none, since a loss is not finite after epoch {epoch}")
+            continue
         if np.isnan(alpha.low):
             verdict = "no interval with one seed"
         else:
             verdict = (
                 "1/2 is " + ("inside" if 0.5 in alpha else "below" if alpha.low > 0.5 else "above") + " the interval"
             )
-        said.append(f"{method}: α = {alpha:.2f} for the validation loss, {train:.2f} for the training loss ({verdict})")
-    text = f"Loss ratio ~ d^α after epoch {epoch}, with 95 % bootstrap intervals over seeds: " + "; ".join(said) + "."
+        said.append(
+            f"{method}: α = {alpha:.2f} for the validation loss, {train:.2f} for the training loss "
+            f"after epoch {epoch} ({verdict})"
+        )
+    text = "Loss ratio ~ d^α, with 95 % bootstrap intervals over seeds: " + "; ".join(said) + "."
     few = compared["d"].nunique()
     return text + (f" Only {few} sizes: this is a slope, not a law." if few < 4 else "")
 
 
 def _answer_time(results: Results) -> str:
     middle = results.table.groupby(["method", "d"])["epoch_seconds"].median()
-    said = [f"{method}: {_span(middle[method], '.2f')} s" for method in results.methods]
+    said = [f"{method}: {_span(results, middle[method], '.2f')} s" for method in results.methods]
     return f"Median seconds per epoch, {_sizes(results)}: " + "; ".join(said) + "."
 
 
@@ -302,7 +310,7 @@ def _answer_similarity(results: Results, similar: pd.DataFrame) -> str:
     said = []
     for method, own in last[last["layer"] == WHOLE].groupby("method", sort=False):
         means = own.groupby("d")["cosine"].mean()
-        said.append(f"{method}: {_span(means, '.3f')}")
+        said.append(f"{method}: {_span(results, means, '.3f')}")
     return f"Cosine of all weights after the last snapshot, {_sizes(results)}: " + "; ".join(said) + "."
 
 
@@ -314,11 +322,11 @@ def _answer_minima(results: Results, line: pd.DataFrame, around: pd.DataFrame) -
         if inside.empty:
             continue
         heights = inside.groupby(["d", "seed"]).apply(_barrier, include_groups=False)
-        said.append(f"{method} {_span(heights.groupby('d').mean(), '.2f')}")
+        said.append(f"{method} {_span(results, heights.groupby('d').mean(), '.2f')}")
     if around.empty:
         return "No run has its last weights."
     flat = around.groupby(["method", "d"])["increase"].mean()
-    rises = "; ".join(f"{method} {_span(flat[method], '.3f')}" for method in results.methods if method in flat)
+    rises = "; ".join(f"{method} {_span(results, flat[method], '.3f')}" for method in results.methods if method in flat)
     barrier = "; ".join(said) or "none"
     return (
         f"{_sizes(results).capitalize()}: loss barrier on the line from {results.study.reference}'s minimum, above the "
@@ -332,9 +340,11 @@ def _barrier(points: pd.DataFrame) -> float:
     return float(np.max(loss - np.interp(p, p[[0, -1]], loss[[0, -1]])))
 
 
-def _span(by_size: pd.Series, form: str) -> str:
-    first, last = (f"{value:{form}}" for value in (by_size.iloc[0], by_size.iloc[-1]))
-    return first if len(by_size) == 1 else f"{first} → {last}"
+def _span(results: Results, by_size: pd.Series, form: str) -> str:
+    """The values at the smallest and the largest size of the study, "–" where there is none."""
+    d = list(results.nets.values())
+    ends = [f"{by_size[size]:{form}}" if size in by_size.index else "–" for size in (d[0], d[-1])]
+    return ends[0] if len(d) == 1 else " → ".join(ends)
 
 
 def _sizes(results: Results) -> str:
@@ -357,6 +367,8 @@ def _draw(drawing: Drawing, output: Path, writer: Any) -> None:
             figure.savefig(output / f"{drawing.name}.png", dpi=130)
     except NothingToDraw as nothing:
         drawing.reason = str(nothing)
+        for old in ("png", "svg"):  # of an earlier report
+            (output / f"{drawing.name}.{old}").unlink(missing_ok=True)
         return
     (output / f"{drawing.name}.svg").write_bytes(svg.getvalue())
     drawing.source = "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode()
@@ -380,9 +392,17 @@ def _tensorboard(output: Path) -> Iterator[Any]:
 def _claim(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"'{output}' is a file; the report needs a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / "results.csv").is_file():
+    if output.is_dir() and any(output.iterdir()) and not _is_report(output):
         raise UserError(f"'{output}' holds something that is no report: choose another --output")
     output.mkdir(parents=True, exist_ok=True)
+
+
+def _is_report(output: Path) -> bool:
+    table = output / "results.csv"
+    if not table.is_file():
+        return False
+    with table.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().rstrip("\n") == ",".join(COLUMNS)
 
 
 def _overview(results: Results) -> str:
@@ -396,6 +416,8 @@ def _overview(results: Results) -> str:
 
 def _summary(results: Results, table: pd.DataFrame, sections: list[Section]) -> str:
     lines = [f"# Study {results.study.name}", "", _overview(results), ""]
+    if results.diverged:
+        lines += [_diverged(results), ""]
     if results.missing:
         lines += ["Missing cells: " + "; ".join(_missing(results)) + ".", ""]
     lines += ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
@@ -406,6 +428,11 @@ def _summary(results: Results, table: pd.DataFrame, sections: list[Section]) -> 
         lines += [f"![{one.caption}]({one.name}.png)" for one in section.figures if one.source] + [""]
         lines += [f"Not drawn ({one.name}): {one.reason}." for one in section.figures if one.reason]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _diverged(results: Results) -> str:
+    """Which runs ended without a finite loss; means over their seeds are not drawn or NaN."""
+    return f"Diverged, so that means over seeds have no value: {'; '.join(map(str, results.diverged))}."
 
 
 def _missing(results: Results) -> list[str]:
@@ -424,6 +451,7 @@ def _page(results: Results, table: pd.DataFrame, sections: list[Section]) -> str
     return template.render(
         name=results.study.name,
         overview=_overview(results),
+        diverged=_diverged(results) if results.diverged else "",
         missing=_missing(results),
         sections=sections,
         table=Markup(table.to_html(index=False, border=0)),

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -50,6 +51,12 @@ class Results:
         return [cell for cell in self.study.cells() if cell not in self.missing]
 
     @cached_property
+    def diverged(self) -> list[Cell]:
+        """Finished cells whose last validation loss is NaN or infinite."""
+        last = self.table.groupby(["method", "net", "seed"])["val_loss"].last(skipna=False)
+        return [cell for cell in self.cells if not np.isfinite(last[cell.method, cell.net, cell.seed])]
+
+    @cached_property
     def methods(self) -> list[str]:
         """Methods with a finished cell, the reference first."""
         found = [method for method in self.study.methods if method in set(self.table["method"])]
@@ -81,8 +88,9 @@ def read_results(folder: Path) -> Results:
             missing[cell] = "failed" if (run / FAILED).is_file() else "not finished" if run.exists() else "not begun"
             continue
         try:
-            tables.append(_read_run(run, cell))
+            table = _read_run(run, cell)
             data.add(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["class_path"])
+            tables.append(table)
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
             missing[cell] = f"damaged ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
     if not tables:
@@ -119,7 +127,7 @@ def _read_run(run: Path, cell: Cell) -> pd.DataFrame:
     about: dict[str, Any] = yaml.safe_load((run / FINISHED).read_text(encoding="utf-8"))
     log = pd.read_csv(run / "metrics.csv", dtype=str).astype(float)  # Python's own conversion: exact to the last bit
     by_epoch = log[log["epoch"].notna()].groupby("epoch").last()  # of each column the last value
-    table = by_epoch.reindex(columns=list(_METRICS)).rename(columns=_METRICS).dropna(subset=["val_loss"])
+    table = by_epoch.reindex(columns=list(_METRICS)).rename(columns=_METRICS).dropna(subset=["val_accuracy"])
     if table.empty:
         raise ValueError("no validation in its metrics.csv")
     return table.reset_index().assign(

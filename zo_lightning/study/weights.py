@@ -76,14 +76,16 @@ def trajectories(results: Results, net: str, seed: int) -> dict[str, pd.DataFram
 def embed(weights: np.ndarray, seed: int = 0) -> np.ndarray:
     """t-SNE of vectors [n, k] in the plane [n, 2], initialised by PCA (van der Maaten & Hinton 2008).
 
-    NaN where there are fewer than four vectors, or where they are all the same.
+    NaN where there are fewer than four vectors, where they are all the same, and for one that is not finite.
     """
     from sklearn.manifold import TSNE
 
-    if len(weights) < 4 or np.ptp(weights, axis=0).max() == 0:
-        return np.full((len(weights), 2), np.nan)
-    perplexity = min(30.0, (len(weights) - 1) / 3)
-    return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(weights.astype(np.float64))
+    placed, finite = np.full((len(weights), 2), np.nan), np.isfinite(weights).all(1)
+    chosen = weights[finite].astype(np.float64)
+    if len(chosen) >= 4 and np.ptp(chosen, axis=0).max() > 0:
+        perplexity = min(30.0, (len(chosen) - 1) / 3)
+        placed[finite] = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(chosen)
+    return placed
 
 
 def first_filters(results: Results, net: str, seed: int) -> dict[str, Tensor]:
@@ -117,7 +119,8 @@ def _convolutions(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _compared(a: dict[str, Tensor], b: dict[str, Tensor], cell: Cell, d: int, epoch: int) -> list[dict[str, object]]:
-    angles, distances, best = cosine(a, b), l2_distance(a, b), matched(a, b)
+    angles, distances = cosine(a, b), l2_distance(a, b)
+    best = matched(a, b) if all(bool(w.isfinite().all()) for w in (*a.values(), *b.values())) else {}
     layers = [WHOLE, *(name for name, weight in a.items() if weight.ndim > 1)]
     return [
         {
