@@ -104,7 +104,7 @@ def test_runs_that_diverged_are_named_and_leave_no_verdict(finished: Path, tmp_p
     study = copied(finished, tmp_path)
     log = study / "ZO-AdaMM/ScalableCNN_1/seed_1/metrics.csv"
     table = pd.read_csv(log)
-    table["val/loss"] = table["val/loss"].where(table["epoch"] < 2, np.inf)  # the last epoch's; NaN reads the same
+    table["val/loss"] = table["val/loss"].where(table["epoch"] < 2, np.inf)  # of the last epoch
     table.to_csv(log, index=False)
     snapshot = sorted((log.parent / "snapshots").iterdir())[-1]
     save_file({name: w * np.nan for name, w in load_file(snapshot).items()}, snapshot)
