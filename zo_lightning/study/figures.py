@@ -394,9 +394,8 @@ def _published_ratio(results: Results, column: str, d: int | None = None) -> pd.
 
 
 def _published_last(results: Results, method: str) -> pd.DataFrame:
-    """The published means at the sizes of the study, after as many epochs as its longest run has."""
-    found = [published_at(results, method, d) for d in results.nets.values()]
-    found = [table[table["epoch"] <= results.table["epoch"].max()].tail(1) for table in found if not table.empty]
+    found = [published_at(results, method, d).tail(1) for d in results.nets.values()]
+    found = [table for table in found if not table.empty]
     return pd.concat(found) if found else pd.DataFrame()
 
 
@@ -488,11 +487,13 @@ def _whole_epochs(axes: Axes) -> None:
 
 def _plain_log_ticks(axis: Any, steps: tuple[float, ...] = (1, 1.5, 2, 3, 5, 7)) -> None:
     """Numbers such as 0.3 in place of powers; within a decade at all ``steps``."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     low, high = axis.get_view_interval()
-    narrow = high < 10 * low
-    axis.set_major_locator(LogLocator(subs=steps if narrow else (1, 3)))
+    if high < 2 * low:
+        axis.set_major_locator(MaxNLocator(5))
+    else:
+        axis.set_major_locator(LogLocator(subs=steps if high < 10 * low else (1, 3)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -111,11 +111,12 @@ def published() -> pd.DataFrame:
 
 
 def published_at(results: Results, method: str, d: int) -> pd.DataFrame:
-    """The published curve of a method at a size, within 1 %; empty where there is none."""
+    """The published curve of a method at a size, within 1 %, as long as the study's runs; empty where there is none."""
     table = results.published
     if table is None:
         return pd.DataFrame(columns=["epoch"])
-    return table[(table["method"] == method) & ((table["d"] - d).abs() <= d / 100)]
+    is_there = (table["method"] == method) & ((table["d"] - d).abs() <= d / 100)
+    return table[is_there & (table["epoch"] <= results.table["epoch"].max())]
 
 
 def write_results(results: Results, path: Path) -> None:
