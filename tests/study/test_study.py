@@ -65,6 +65,19 @@ def test_every_cell_is_an_ordinary_run(finished: Path) -> None:
     assert not list((finished / STUDY).rglob("error.txt"))
 
 
+def test_finished_run_is_repeated_elsewhere_and_never_overwritten(
+    elsewhere: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished / ZO, elsewhere / ZO)  # its configuration names the relative folder
+    before = {path: path.read_bytes() for path in ZO.rglob("*") if path.is_file()}
+    assert cli(f"fit -c {ZO}/config.yaml") == 2
+    assert f"'{ZO}' holds a finished run of a study" in capsys.readouterr().err
+    assert cli(f"fit -c {ZO}/config.yaml --trainer.logger true") == 0
+    assert {path: path.read_bytes() for path in ZO.rglob("*") if path.is_file()} == before
+    there, here = (read_snapshots(run)[-1].load() for run in (ZO, "lightning_logs/version_0"))
+    assert all(torch.equal(weight, here[name]) for name, weight in there.items())
+
+
 def test_methods_start_from_the_same_weights_and_seeds_do_not(finished: Path) -> None:
     def start(method: str, seed: int) -> dict[str, torch.Tensor]:
         return read_snapshots(finished / STUDY / method / "ScalableCNN_1" / f"seed_{seed}")[0].load()
