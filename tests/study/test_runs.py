@@ -29,6 +29,7 @@ def fake_fit(words: Sequence[str]) -> Any:
     run = Path(words[words.index("-c") + 1]).parents[1]
     print("said by the run")
     (run / "pid").write_text(str(os.getpid()))
+    (run / "metrics.csv").write_text("" if settings["do"] == "nothing" else "epoch\n0\n")
     if settings["do"] == "raise":
         raise ValueError("no such luck")
     if settings["do"] == "exit":
@@ -90,6 +91,27 @@ def test_failed_cell_is_told_and_stops_no_other(folder: Path, capsys: pytest.Cap
     assert "ValueError: no such luck" in (broken / "error.txt").read_text()
     assert not is_finished(folder, declared.cells()[0])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(FINISHED, b""), (FINISHED, b"seconds: ["), (FINISHED, b"\0\xff"), ("metrics.csv", b"")]
+)
+def test_run_of_which_a_crash_left_a_broken_file_is_run_again(folder: Path, name: str, content: bytes) -> None:
+    declared = study(1, A="work")
+    [cell] = declared.cells()
+    assert run_cell(cell, declared, folder, fake_fit).error is None
+    (folder / cell.folder / name).write_bytes(content)
+    assert not is_finished(folder, cell)
+    assert run_cell(cell, declared, folder, fake_fit).error is None
+    assert is_finished(folder, cell)
+    (folder / cell.folder / name).unlink()
+    assert not is_finished(folder, cell)
+
+
+def test_run_without_metrics_has_failed(folder: Path) -> None:
+    declared = study(1, A="nothing")
+    error = run_cell(declared.cells()[0], declared, folder, fake_fit).error
+    assert error == "the run has written no metrics.csv: has it trained an epoch?"
 
 
 @pytest.mark.parametrize("how", ["interrupt", "stop", "terminate"])

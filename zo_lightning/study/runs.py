@@ -26,6 +26,7 @@ Backend = Literal["loky", "dask", "ray"]
 
 DECLARATION = "study.yaml"
 FINISHED = "finished.yaml"  # a run's folder holds it when, and only when, the run is complete
+METRICS = "metrics.csv"
 FAILED = "error.txt"
 LOG = "log.txt"
 _MAX_CRASHES = 2
@@ -77,7 +78,18 @@ def read_declaration(folder: Path) -> Study:
 
 def is_finished(folder: Path, cell: Cell) -> bool:
     """Whether a cell's run is complete."""
-    return (folder / cell.folder / FINISHED).is_file()
+    return seconds_of(folder, cell) is not None
+
+
+def seconds_of(folder: Path, cell: Cell) -> float | None:
+    """How long a cell's complete run took; None where it is not complete, or what a crash has left of it is broken."""
+    run = folder / cell.folder
+    try:
+        about = yaml.safe_load((run / FINISHED).read_text(encoding="utf-8"))
+        whole = "parameters" in about and (run / METRICS).stat().st_size > 0
+        return float(about["seconds"]) if whole else None
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
 
 
 def words_of(cell: Cell, files: Sequence[Path], options: Sequence[str], extra: Sequence[str]) -> list[str]:
@@ -166,8 +178,8 @@ def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int =
     locks.mkdir(exist_ok=True)
     # Waits for a worker that has outlived its study.
     with _locked(locks / f"{'-'.join(cell.folder.parts)}.lock"):
-        if is_finished(folder, cell):
-            return Outcome(cell, 0.0)
+        if (seconds := seconds_of(folder, cell)) is not None:
+            return Outcome(cell, seconds)
         if run.exists():
             shutil.rmtree(run)
         (run / "overlays").mkdir(parents=True)
@@ -180,6 +192,7 @@ def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int =
                 if trainer.interrupted:
                     raise KeyboardInterrupt
             seconds = time.perf_counter() - began
+            _sync_metrics(run / METRICS)
             _write(run / FINISHED, yaml.safe_dump({"seconds": seconds, "parameters": parameters(trainer)}))
         except (Exception, SystemExit) as error:
             if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
@@ -384,8 +397,19 @@ def _die_with(parent: int) -> None:
     threading.Thread(target=watch, name=name, daemon=True).start()
 
 
+def _sync_metrics(path: Path) -> None:
+    """See that a run's metrics are on the disk before the run is called finished."""
+    if not path.exists() or path.stat().st_size == 0:
+        raise UserError(f"the run has written no {path.name}: has it trained an epoch?")
+    with path.open("a") as file:
+        os.fsync(file.fileno())
+
+
 def _write(path: Path, text: str) -> None:
-    """Write all of a file, or nothing."""
+    """Write all of a file, or nothing, even where the machine stops in between."""
     staged = path.with_name(f".{path.name}.new")
-    staged.write_text(text, encoding="utf-8")
+    with staged.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     staged.replace(path)
