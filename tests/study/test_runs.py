@@ -42,7 +42,10 @@ def fake_fit(words: Sequence[str]) -> Any:
     if settings["do"] == "terminate":
         raise SIGTERMException
     if settings["do"] == "die":
+        time.sleep(0.5)
         os._exit(9)
+    if settings["do"] == "wait":
+        time.sleep(2)
     module = SimpleNamespace(parameters=lambda: iter([torch.zeros(3, requires_grad=True), torch.zeros(2)]))
     return SimpleNamespace(interrupted=settings["do"] == "interrupt", lightning_module=module)
 
@@ -131,11 +134,19 @@ def test_cells_run_in_processes_that_do_not_outnumber_jobs(folder: Path) -> None
     assert len(processes) <= 2
 
 
-def test_cell_whose_process_dies_is_tried_twice_and_stops_no_other(folder: Path) -> None:
-    outcomes = run(study(1, 2, A="work", B="die"), folder, jobs=2)
-    assert {cell for cell, error in outcomes.items() if error is None} == {"A, SmallCNN, seed 1", "A, SmallCNN, seed 2"}
-    for seed in (1, 2):
-        assert outcomes[f"B, SmallCNN, seed {seed}"] == "its process died 2 times: was there enough memory?"
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_cell_whose_process_dies_is_told_and_takes_no_other_with_it(folder: Path, jobs: int) -> None:
+    """Even one that is running at that moment, each time that it does."""
+    told: list[Outcome] = []
+    outcomes = run(study(1, A="die", B="wait", C="work"), folder, jobs=jobs, report=told.append)
+    assert outcomes == {
+        "A, SmallCNN, seed 1": "its process died, also when it ran alone: was there enough memory?",
+        "B, SmallCNN, seed 1": None,
+        "C, SmallCNN, seed 1": None,
+    }
+    assert len(told) == 3
+    assert "was there enough memory?" in (folder / "A/SmallCNN/seed_1/error.txt").read_text()
+    assert (folder / "A/SmallCNN/seed_1/pid").read_text() != str(os.getpid())
 
 
 def test_study_runs_once_at_a_time(folder: Path) -> None:

@@ -29,7 +29,6 @@ FINISHED = "finished.yaml"  # a run's folder holds it when, and only when, the r
 METRICS = "metrics.csv"
 FAILED = "error.txt"
 LOG = "log.txt"
-_MAX_CRASHES = 2
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ def run_cells(
 ) -> list[Outcome]:
     """Run all cells that are not finished, ``jobs`` at a time with ``threads`` threads each; return how they ended.
 
-    Each outcome is also passed to ``report``, as it comes. A cell that fails stops no other one; one whose process dies
-    is tried once more.
+    Each outcome is also passed to ``report``, as it comes. A cell that fails stops no other one. Where a
+    process dies, the cells that were running are tried once more, one at a time.
 
     Raises:
         UserError: another process is running this study, or the backend cannot be used.
@@ -120,23 +119,22 @@ def run_cells(
     with _locked(folder / ".lock", f"another process is running the study in '{folder}'"):
         pending = [cell for cell in study.cells() if not is_finished(folder, cell)]
         outcomes: list[Outcome] = []
-        crashes: dict[Cell, int] = {}
+
+        def ended(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            pending.remove(outcome.cell)
+            report(outcome)
+
         with _engine(backend, address, jobs, threads) as parallel:
             while pending:
                 token = f"{os.getpid()} {time.time_ns()}"
                 job = _Job(study, folder, fit, threads, token, os.getpid() if backend == "loky" else None, Path.cwd())
                 try:
-                    for outcome in parallel(job, pending):
-                        outcomes.append(outcome)
-                        report(outcome)
-                    break
-                except _worker_died():
-                    seen = [outcome.cell for outcome in outcomes]
-                    pending = [cell for cell in pending if cell not in seen]
-                    for outcome in _after_crash(pending, folder, token, crashes):
-                        outcomes.append(outcome)
-                        report(outcome)
-                        pending.remove(outcome.cell)
+                    for outcome in parallel(job, list(pending)):
+                        ended(outcome)
+                except _worker_died():  # and all others were killed with it
+                    for cell in _after_crash(pending, folder, token):
+                        ended(_alone(parallel, job, cell))
         return outcomes
 
 
@@ -259,25 +257,26 @@ def _joined(cell: Cell) -> dict[str, Any]:
     return {f"{index}": overlay for index, overlay in enumerate(cell.overlays)}
 
 
-def _after_crash(pending: list[Cell], folder: Path, token: str, crashes: dict[Cell, int]) -> list[Outcome]:
-    """The outcomes that got lost with the workers, and those of cells whose worker has died too often."""
-    found = []
-    for cell in pending:
-        run = folder / cell.folder
-        started = run / "overlays" / "started"
-        if not started.is_file() or started.read_text(encoding="utf-8") != token:
-            continue
-        if is_finished(folder, cell):
-            found.append(Outcome(cell, 0.0))
-        elif (run / FAILED).is_file():
-            found.append(Outcome(cell, 0.0, (run / FAILED).read_text(encoding="utf-8").strip().splitlines()[-1]))
-        else:
-            crashes[cell] = crashes.get(cell, 0) + 1
-            if crashes[cell] >= _MAX_CRASHES:
-                error = f"its process died {crashes[cell]} times: was there enough memory?"
-                _write(run / FAILED, error + "\n")
-                found.append(Outcome(cell, 0.0, error))
-    return found
+def _after_crash(pending: list[Cell], folder: Path, token: str) -> list[Cell]:
+    """Cells that were running when a worker died; where none had begun, the next one, so that a study always ends."""
+
+    def began(cell: Cell) -> bool:
+        started = folder / cell.folder / "overlays" / "started"
+        return started.is_file() and started.read_text(encoding="utf-8") == token
+
+    return [cell for cell in pending if began(cell)] or pending[:1]
+
+
+def _alone(parallel: Callable[[_Job, Sequence[Cell]], Iterator[Outcome]], job: _Job, cell: Cell) -> Outcome:
+    """Run a cell while no other one is running: if a worker dies now, it is this cell's."""
+    try:
+        return next(iter(parallel(job, [cell])))
+    except _worker_died():
+        error = "its process died, also when it ran alone: was there enough memory?"
+        run = job.folder / cell.folder
+        run.mkdir(parents=True, exist_ok=True)
+        _write(run / FAILED, error + "\n")
+        return Outcome(cell, 0.0, error)
 
 
 @contextlib.contextmanager
@@ -289,7 +288,10 @@ def _engine(
 
     with contextlib.ExitStack() as stack:
         settings: dict[str, Any] = {"n_jobs": jobs}
+        in_flight: int | str = "2 * n_jobs"
         if backend == "loky":
+            # With one job joblib would run the cells in this process, which one that dies would take with it.
+            settings["n_jobs"], in_flight = max(2, jobs), jobs
             # One batch of threads per worker, or the workers fight for the cores.
             settings["inner_max_num_threads"] = threads
         elif backend == "dask":
@@ -302,7 +304,8 @@ def _engine(
         unordered = "list" if backend == "ray" else "generator_unordered"
 
         def parallel(job: _Job, cells: Sequence[Cell]) -> Iterator[Outcome]:
-            engine: Any = joblib.Parallel(return_as=unordered, batch_size=cast(Any, 1))  # its stub knows "auto" only
+            # Its stub knows batch_size="auto" only.
+            engine: Any = joblib.Parallel(return_as=unordered, batch_size=cast(Any, 1), pre_dispatch=in_flight)
             return engine(joblib.delayed(_work)(job, cell) for cell in cells)
 
         yield parallel
