@@ -102,7 +102,8 @@ def test_first_difference_names_the_key() -> None:
     old = {"a": {"b": [1, {"c": 2}]}, "same": 0}
     assert first_difference(old, {"a": {"b": [1, {"c": 2}]}, "same": 0}) is None
     assert first_difference(old, {"a": {"b": [1, {"c": 3}]}, "same": 0}) == "a.b.c is 2 there and 3 here"
-    assert first_difference(old, {"a": {"b": [1, {"c": 2}]}, "same": 0, "d": 1}) == "d is None there and 1 here"
+    assert first_difference(old, {"a": {"b": [1, {"c": 2}]}, "same": 0, "d": 1}) == "d is absent there and 1 here"
+    assert first_difference({"a": {}}, {"a": {"b": None}}) == "a.b is absent there and None here"
 
 
 def test_slug_is_safe_as_a_folder() -> None:

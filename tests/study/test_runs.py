@@ -1,10 +1,13 @@
 """Cells run side by side, each in its own folder; here with a stand-in for training."""
 
+import fcntl
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,6 +185,35 @@ class TestClaim:
         with pytest.raises(UserError, match=message):
             claim(other, folder)
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+    def test_exception_of_a_scale_is_named_by_its_first_key(self, folder: Path) -> None:
+        method = Method(({"model": {"do": "work"}},), {})
+        plain = Study("fake", (), {"A": method}, {"ScalableCNN": (2.0,)}, (1,), "A")
+        claim(plain, folder)
+        special = replace(method, by_scale={2.0: {"model": {"optimizer": {"class_path": "torch.optim.Adam"}}}})
+        message = "seed 1: model is absent there and {'optimizer': {'class_path': 'torch.optim.Adam'}} here; choose"
+        with pytest.raises(UserError, match=re.escape(message)):
+            claim(replace(plain, methods={"A": special}), folder)
+
+    def test_options_may_be_written_with_an_equals_sign(self, folder: Path) -> None:
+        claim(study(1, A="work", options=("--data.root", "x=y")), folder)
+        claim(study(1, A="work", options=("--data.root=x=y",)), folder)
+        with pytest.raises(UserError, match="a study with the options '--data.root=x=y', not '--data.root=y'"):
+            claim(study(1, A="work", options=("--data.root=y",)), folder)
+
+    def test_claim_that_was_stopped_is_no_foreign_folder(self, folder: Path) -> None:
+        (folder / ".study.yaml.new").touch()
+        claim(study(1, A="work"), folder)
+        assert read_declaration(folder).name == "fake"
+
+    def test_running_study_keeps_its_declaration(self, folder: Path) -> None:
+        claim(study(1, A="work"), folder)
+        before = (folder / "study.yaml").read_bytes()
+        with (folder / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(UserError, match="another process is running the study in"):
+                claim(study(1, 2, A="work"), folder)
+        assert (folder / "study.yaml").read_bytes() == before
 
     def test_foreign_folder_is_refused(self, folder: Path) -> None:
         (folder / "thesis.txt").touch()

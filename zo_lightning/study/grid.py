@@ -215,7 +215,7 @@ def first_difference(old: Any, new: Any, key: str = "") -> str | None:
     """Say in which key two configurations differ first, and how; None where they do not."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in [*old, *(name for name in new if name not in old)]:
-            if found := first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip(".")):
+            if found := first_difference(old.get(name, _ABSENT), new.get(name, _ABSENT), f"{key}.{name}".lstrip(".")):
                 return found
         return None
     if isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
@@ -241,6 +241,16 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
+
+
+class _Absent:
+    """What stands where a configuration lacks a key, which is not the same as null."""
+
+    def __repr__(self) -> str:
+        return "absent"
+
+
+_ABSENT = _Absent()
 
 
 def _mapping(text: Mapping[str, Any], key: str, path: Path) -> dict[Any, Any]:

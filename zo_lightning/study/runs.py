@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -46,17 +47,20 @@ def claim(study: Study, folder: Path) -> None:
     A study may have grown since: new methods, nets and seeds are cells that have not been run.
 
     Raises:
-        UserError: something else is there, or a study in which a cell has another configuration; nothing is changed.
+        UserError: something else is there, a study that is running, or one in which a cell has another configuration;
+            nothing is changed.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file; the study needs a folder of that name")
     declared = folder / DECLARATION
-    if declared.exists():
-        _check_same(read_declaration(folder), study, folder)
-    elif folder.exists() and any(folder.iterdir()):
+    # What begins with a dot may be our own: a study that was stopped while it claimed the folder.
+    if folder.exists() and not declared.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"'{folder}' holds something that is no study: choose another name, or empty it")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(declared, yaml.safe_dump(study.declaration(), sort_keys=False))
+    with _running(folder):
+        if declared.exists():
+            _check_same(read_declaration(folder), study, folder)
+        _write(declared, yaml.safe_dump(study.declaration(), sort_keys=False))
 
 
 def read_declaration(folder: Path) -> Study:
@@ -116,7 +120,7 @@ def run_cells(
     Raises:
         UserError: another process is running this study, or the backend cannot be used.
     """
-    with _locked(folder / ".lock", f"another process is running the study in '{folder}'"):
+    with _running(folder):
         pending = [cell for cell in study.cells() if not is_finished(folder, cell)]
         outcomes: list[Outcome] = []
 
@@ -238,7 +242,7 @@ def _check_same(there: Study, here: Study, folder: Path) -> None:
         raise UserError(
             f"'{folder}' belongs to a study with snapshots: {there.snapshots}, not {here.snapshots}: {advice}"
         )
-    if there.options != here.options:
+    if _split(there.options) != _split(here.options):
         raise UserError(
             f"'{folder}' belongs to a study with the options '{' '.join(there.options)}', "
             f"not '{' '.join(here.options)}': {advice}"
@@ -248,13 +252,14 @@ def _check_same(there: Study, here: Study, folder: Path) -> None:
         cell = new.get(old.folder)
         if cell is None:
             raise UserError(f"'{folder}' belongs to a study with a cell that this one lacks ({old}): {advice}")
-        if difference := first_difference(_joined(old), _joined(cell)):
-            where = difference.partition(".")[2]  # without the number of the overlay
-            raise UserError(f"'{folder}' belongs to a study with another configuration of {old}: {where}; {advice}")
+        for there_and_here in zip_longest(old.overlays, cell.overlays, fillvalue={}):
+            if where := first_difference(*there_and_here):
+                raise UserError(f"'{folder}' belongs to a study with another configuration of {old}: {where}; {advice}")
 
 
-def _joined(cell: Cell) -> dict[str, Any]:
-    return {f"{index}": overlay for index, overlay in enumerate(cell.overlays)}
+def _split(options: Sequence[str]) -> list[str]:
+    """Words of a command line, of which --name=value and --name value are the same."""
+    return [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
 def _after_crash(pending: list[Cell], folder: Path, token: str) -> list[Cell]:
@@ -288,10 +293,10 @@ def _engine(
 
     with contextlib.ExitStack() as stack:
         settings: dict[str, Any] = {"n_jobs": jobs}
-        in_flight: int | str = "2 * n_jobs"
+        in_flight = "2 * n_jobs"
         if backend == "loky":
             # With one job joblib would run the cells in this process, which one that dies would take with it.
-            settings["n_jobs"], in_flight = max(2, jobs), jobs
+            settings["n_jobs"], in_flight = max(2, jobs), str(jobs)
             # One batch of threads per worker, or the workers fight for the cores.
             settings["inner_max_num_threads"] = threads
         elif backend == "dask":
@@ -355,6 +360,10 @@ def _connect_ray(address: str | None, jobs: int) -> None:
         raise UserError("--backend ray needs the extra: pip install 'zo-lightning[ray]'") from error
     ray.init(address=address, num_cpus=None if address else jobs)
     bridge.register_ray()
+
+
+def _running(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return _locked(folder / ".lock", f"another process is running the study in '{folder}'")
 
 
 @contextlib.contextmanager
