@@ -81,6 +81,10 @@ BAD = {
     "common: {seed_everything: 1}\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "seed_everything is the",
     "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nsnapshots: 0": "at least 1, or null, got 0",
     "name: a/b\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "name 'a/b' is to be a folder's name",
+    "name:\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "name None is to be a folder's name",
+    "base: 3\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "base must be a file's name or .*, got 3",
+    "methods: {FO: {base: [{a: 1}]}}\nnets: {SmallCNN: null}\nseeds: [1]": "base must be .*, got {'a': 1}",
+    "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nreference: [a]": r"reference '\['a'\]' is none of the methods",
     "methods: [": "not YAML",
     "just words": "expected keys and values, got str",
 }

@@ -165,21 +165,24 @@ def read_study(path: str | Path, options: tuple[str, ...] = ()) -> Study:
     for seed in seeds if isinstance(seeds, list) else [seeds]:
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise UserError(f"{path}: seeds must be a list of whole numbers of at least 0, got {seed!r}")
-    reference = text.get("reference", next(iter(methods)))
-    if reference not in methods:
-        raise UserError(f"{path}: reference '{reference}' is none of the methods {', '.join(methods)}")
+    reference = str(text.get("reference", next(iter(methods))))
+    if reference not in map(str, methods):
+        raise UserError(f"{path}: reference '{reference}' is none of the methods {', '.join(map(str, methods))}")
     if not isinstance(seeds, list):
         raise UserError(f"{path}: seeds must be a list of whole numbers, got {seeds!r}")
     every = text.get("snapshots", 1)
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
         raise UserError(f"{path}: snapshots must be a whole number of epochs of at least 1, or null, got {every!r}")
+    name = text.get("name", path.stem)
+    if name is None or slug(str(name)) != str(name):
+        raise UserError(f"{path}: name {name!r} is to be a folder's name: letters, digits, '.', '_' and '-'")
     study = Study(
-        name=str(text.get("name", path.stem)),
+        name=str(name),
         common=(*_files(text, path), *([_overlay(text["common"], f"{path}: common")] if text.get("common") else [])),
         methods={str(name): _method(spec or {}, path, str(name)) for name, spec in methods.items()},
         nets={str(net): _scales(scales, path, str(net)) for net, scales in nets.items()},
         seeds=tuple(seeds),
-        reference=str(reference),
+        reference=reference,
         snapshots=every,
         options=options,
     )
@@ -189,8 +192,6 @@ def read_study(path: str | Path, options: tuple[str, ...] = ()) -> Study:
         raise UserError(
             f"{path}: two cells would share the folder '{twice[0]}': a name, a scale or a seed stands twice"
         )
-    if slug(study.name) != study.name:
-        raise UserError(f"{path}: name '{study.name}' is to be a folder's name: letters, digits, '.', '_' and '-'")
     return study
 
 
@@ -296,10 +297,11 @@ def _check_scales(study: Study, path: Path) -> None:
 
 def _files(spec: Mapping[str, Any], path: Path) -> list[Overlay]:
     names = spec.get("base") or []
-    return [
-        _overlay(read_yaml(path.parent / name), f"{path.parent / name}")
-        for name in (names if isinstance(names, list) else [names])
-    ]
+    names = names if isinstance(names, list) else [names]
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"{path}: base must be a file's name or a list of them, got {name!r}")
+    return [_overlay(read_yaml(path.parent / name), f"{path.parent / name}") for name in names]
 
 
 def _overlay(value: Any, where: str) -> Overlay:
