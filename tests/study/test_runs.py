@@ -18,8 +18,17 @@ import yaml
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from zo_lightning.cli_errors import UserError
-from zo_lightning.study.grid import Method, Study
-from zo_lightning.study.runs import FINISHED, Outcome, claim, is_finished, read_declaration, run_cell, run_cells
+from zo_lightning.study.grid import Cell, Method, Study
+from zo_lightning.study.runs import (
+    FINISHED,
+    Outcome,
+    claim,
+    is_finished,
+    own_overlay,
+    read_declaration,
+    run_cell,
+    run_cells,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -118,6 +127,18 @@ def test_run_without_metrics_has_failed(folder: Path) -> None:
     declared = study(1, A="nothing")
     error = run_cell(declared.cells()[0], declared, folder, fake_fit).error
     assert error == "the run has written no metrics.csv: has it trained an epoch?"
+
+
+def test_callback_that_a_cell_has_is_not_added_again(tmp_path: Path) -> None:
+    def added(*trainers: Any) -> list[str]:
+        overlays = tuple({"trainer": trainer} for trainer in trainers)
+        own = own_overlay(tmp_path, Cell("A", "SmallCNN", None, 1, overlays), 1)
+        return [callback["class_path"] for callback in own["trainer"]["callbacks+"]]
+
+    ours: dict[str, Any] = {"callbacks": [{"class_path": "zo_lightning.callbacks.WeightSnapshots"}, "Budget"]}
+    assert added() == added(None, {"callbacks": None}) == ["EpochCost", "WeightSnapshots"]
+    assert added(ours) == added(ours, {"callbacks+": "Budget"}) == ["EpochCost"]
+    assert added(ours, {"callbacks": "EpochCost"}) == ["WeightSnapshots"]
 
 
 @pytest.mark.parametrize("how", ["interrupt", "stop", "terminate"])

@@ -189,7 +189,7 @@ def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int =
         torch.set_num_threads(threads)
         try:
             with (run / LOG).open("w", encoding="utf-8") as log, printing_to(log):
-                *files, own = _write_overlays(cell, own_overlay(run, study.snapshots), run)
+                *files, own = _write_overlays(cell, own_overlay(run, cell, study.snapshots), run)
                 trainer = fit(words_of(cell, files, study.options, ["-c", str(own)]))
                 if trainer.interrupted:
                     raise KeyboardInterrupt
@@ -204,8 +204,11 @@ def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int =
         return Outcome(cell, seconds)
 
 
-def own_overlay(run: Path, snapshots: int | None) -> Overlay:
-    """What the study itself wants of a run: curves in its folder, the last weights, snapshots, and silence."""
+def own_overlay(run: Path, cell: Cell, snapshots: int | None) -> Overlay:
+    """What the study itself wants of a run: curves in its folder, the last weights, snapshots, and silence.
+
+    A cell that has one of the callbacks keeps its own: Lightning takes but one.
+    """
     callbacks: list[Overlay] = [{"class_path": "EpochCost"}]
     if snapshots is not None:
         every = {"every_n_epochs": snapshots, "histograms": False}
@@ -214,13 +217,26 @@ def own_overlay(run: Path, snapshots: int | None) -> Overlay:
     return {
         "trainer": {
             "logger": [{"class_path": name, **logger} for name in ("TensorBoardLogger", "CSVLogger")],
-            "callbacks+": callbacks,
+            "callbacks+": [callback for callback in callbacks if callback["class_path"] not in _callbacks(cell)],
             "enable_checkpointing": True,
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
         "checkpoint": {"monitor": None, "save_top_k": 0, "save_last": True, "save_weights_only": True},
     }
+
+
+def _callbacks(cell: Cell) -> set[str]:
+    """The classes of a cell's callbacks, without their modules."""
+    found: list[Any] = []
+    for overlay in cell.overlays:
+        trainer = overlay.get("trainer") or {}
+        for key, earlier in (("callbacks", []), ("callbacks+", found)):
+            if key in trainer:
+                value = trainer[key] or []
+                found = [*earlier, *(value if isinstance(value, list) else [value])]
+    names = (one["class_path"] if isinstance(one, dict) else one for one in found)
+    return {name.rpartition(".")[2] for name in names}
 
 
 def _write_overlays(cell: Cell, own: Overlay, run: Path) -> list[Path]:
