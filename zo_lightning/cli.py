@@ -18,6 +18,7 @@ from zo_lightning.cli_errors import UserError, explain_parsing, innermost
 from zo_lightning.data import InMemoryDataModule
 from zo_lightning.modules import Classifier, TrainingDiverged
 from zo_lightning.study.command import COMMANDS, report, study
+from zo_lightning.study.runs import FINISHED
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 
@@ -116,6 +117,7 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Load the data, and compare checkpoint and reference with the model, while nothing has been written."""
+        _spare_finished(self.trainer)
         if isinstance(self.datamodule, InMemoryDataModule):
             try:
                 self.datamodule.prepare_data()
@@ -204,6 +206,15 @@ def _set_reference(trainer: Trainer, reference: str) -> None:
         raise UserError(f"reference '{reference}': no callback compares with it; add -c configs/callbacks/observe.yaml")
     for callback in comparing:
         callback.reference = callback.reference or reference
+
+
+def _spare_finished(trainer: Trainer) -> None:
+    """Raise UserError where a trainer would write into a study's finished run: its configuration names its folder."""
+    if trainer.log_dir is not None and Path(trainer.log_dir, FINISHED).exists():
+        raise UserError(
+            f"'{Path(trainer.log_dir)}' holds a finished run of a study, which this would overwrite: "
+            "write elsewhere with --trainer.logger true"
+        )
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

@@ -81,6 +81,10 @@ BAD = {
     "common: {seed_everything: 1}\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "seed_everything is the",
     "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nsnapshots: 0": "at least 1, or null, got 0",
     "name: a/b\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "name 'a/b' is to be a folder's name",
+    "name:\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "name None is to be a folder's name",
+    "base: 3\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "base must be a file's name or .*, got 3",
+    "methods: {FO: {base: [{a: 1}]}}\nnets: {SmallCNN: null}\nseeds: [1]": "base must be .*, got {'a': 1}",
+    "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nreference: [a]": r"reference '\['a'\]' is none of the methods",
     "methods: [": "not YAML",
     "just words": "expected keys and values, got str",
 }
@@ -102,7 +106,8 @@ def test_first_difference_names_the_key() -> None:
     old = {"a": {"b": [1, {"c": 2}]}, "same": 0}
     assert first_difference(old, {"a": {"b": [1, {"c": 2}]}, "same": 0}) is None
     assert first_difference(old, {"a": {"b": [1, {"c": 3}]}, "same": 0}) == "a.b.c is 2 there and 3 here"
-    assert first_difference(old, {"a": {"b": [1, {"c": 2}]}, "same": 0, "d": 1}) == "d is None there and 1 here"
+    assert first_difference(old, {"a": {"b": [1, {"c": 2}]}, "same": 0, "d": 1}) == "d is absent there and 1 here"
+    assert first_difference({"a": {}}, {"a": {"b": None}}) == "a.b is absent there and None here"
 
 
 def test_slug_is_safe_as_a_folder() -> None:

@@ -1,10 +1,13 @@
 """Cells run side by side, each in its own folder; here with a stand-in for training."""
 
+import fcntl
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +18,17 @@ import yaml
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from zo_lightning.cli_errors import UserError
-from zo_lightning.study.grid import Method, Study
-from zo_lightning.study.runs import FINISHED, Outcome, claim, is_finished, read_declaration, run_cell, run_cells
+from zo_lightning.study.grid import Cell, Method, Study
+from zo_lightning.study.runs import (
+    FINISHED,
+    Outcome,
+    claim,
+    is_finished,
+    own_overlay,
+    read_declaration,
+    run_cell,
+    run_cells,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +41,7 @@ def fake_fit(words: Sequence[str]) -> Any:
     run = Path(words[words.index("-c") + 1]).parents[1]
     print("said by the run")
     (run / "pid").write_text(str(os.getpid()))
+    (run / "metrics.csv").write_text("" if settings["do"] == "nothing" else "epoch\n0\n")
     if settings["do"] == "raise":
         raise ValueError("no such luck")
     if settings["do"] == "exit":
@@ -41,7 +54,10 @@ def fake_fit(words: Sequence[str]) -> Any:
     if settings["do"] == "terminate":
         raise SIGTERMException
     if settings["do"] == "die":
+        time.sleep(0.5)
         os._exit(9)
+    if settings["do"] == "wait":
+        time.sleep(2)
     module = SimpleNamespace(parameters=lambda: iter([torch.zeros(3, requires_grad=True), torch.zeros(2)]))
     return SimpleNamespace(interrupted=settings["do"] == "interrupt", lightning_module=module)
 
@@ -92,6 +108,39 @@ def test_failed_cell_is_told_and_stops_no_other(folder: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [(FINISHED, b""), (FINISHED, b"seconds: ["), (FINISHED, b"\0\xff"), ("metrics.csv", b"")]
+)
+def test_run_of_which_a_crash_left_a_broken_file_is_run_again(folder: Path, name: str, content: bytes) -> None:
+    declared = study(1, A="work")
+    [cell] = declared.cells()
+    assert run_cell(cell, declared, folder, fake_fit).error is None
+    (folder / cell.folder / name).write_bytes(content)
+    assert not is_finished(folder, cell)
+    assert run_cell(cell, declared, folder, fake_fit).error is None
+    assert is_finished(folder, cell)
+    (folder / cell.folder / name).unlink()
+    assert not is_finished(folder, cell)
+
+
+def test_run_without_metrics_has_failed(folder: Path) -> None:
+    declared = study(1, A="nothing")
+    error = run_cell(declared.cells()[0], declared, folder, fake_fit).error
+    assert error == "the run has written no metrics.csv: has it trained an epoch?"
+
+
+def test_callback_that_a_cell_has_is_not_added_again(tmp_path: Path) -> None:
+    def added(*trainers: Any) -> list[str]:
+        overlays = tuple({"trainer": trainer} for trainer in trainers)
+        own = own_overlay(tmp_path, Cell("A", "SmallCNN", None, 1, overlays), 1)
+        return [callback["class_path"] for callback in own["trainer"]["callbacks+"]]
+
+    ours: dict[str, Any] = {"callbacks": [{"class_path": "zo_lightning.callbacks.WeightSnapshots"}, "Budget"]}
+    assert added() == added(None, {"callbacks": None}) == ["EpochCost", "WeightSnapshots"]
+    assert added(ours) == added(ours, {"callbacks+": "Budget"}) == ["EpochCost"]
+    assert added(ours, {"callbacks": "EpochCost"}) == ["WeightSnapshots"]
+
+
 @pytest.mark.parametrize("how", ["interrupt", "stop", "terminate"])
 def test_interrupted_training_ends_the_study_and_is_not_finished(folder: Path, how: str) -> None:
     declared = study(1, A=how)
@@ -109,11 +158,19 @@ def test_cells_run_in_processes_that_do_not_outnumber_jobs(folder: Path) -> None
     assert len(processes) <= 2
 
 
-def test_cell_whose_process_dies_is_tried_twice_and_stops_no_other(folder: Path) -> None:
-    outcomes = run(study(1, 2, A="work", B="die"), folder, jobs=2)
-    assert {cell for cell, error in outcomes.items() if error is None} == {"A, SmallCNN, seed 1", "A, SmallCNN, seed 2"}
-    for seed in (1, 2):
-        assert outcomes[f"B, SmallCNN, seed {seed}"] == "its process died 2 times: was there enough memory?"
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_cell_whose_process_dies_is_told_and_takes_no_other_with_it(folder: Path, jobs: int) -> None:
+    """Even one that is running at that moment, each time that it does."""
+    told: list[Outcome] = []
+    outcomes = run(study(1, A="die", B="wait", C="work"), folder, jobs=jobs, report=told.append)
+    assert outcomes == {
+        "A, SmallCNN, seed 1": "its process died, also when it ran alone: was there enough memory?",
+        "B, SmallCNN, seed 1": None,
+        "C, SmallCNN, seed 1": None,
+    }
+    assert len(told) == 3
+    assert "was there enough memory?" in (folder / "A/SmallCNN/seed_1/error.txt").read_text()
+    assert (folder / "A/SmallCNN/seed_1/pid").read_text() != str(os.getpid())
 
 
 def test_study_runs_once_at_a_time(folder: Path) -> None:
@@ -149,6 +206,35 @@ class TestClaim:
         with pytest.raises(UserError, match=message):
             claim(other, folder)
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+    def test_exception_of_a_scale_is_named_by_its_first_key(self, folder: Path) -> None:
+        method = Method(({"model": {"do": "work"}},), {})
+        plain = Study("fake", (), {"A": method}, {"ScalableCNN": (2.0,)}, (1,), "A")
+        claim(plain, folder)
+        special = replace(method, by_scale={2.0: {"model": {"optimizer": {"class_path": "torch.optim.Adam"}}}})
+        message = "seed 1: model is absent there and {'optimizer': {'class_path': 'torch.optim.Adam'}} here; choose"
+        with pytest.raises(UserError, match=re.escape(message)):
+            claim(replace(plain, methods={"A": special}), folder)
+
+    def test_options_may_be_written_with_an_equals_sign(self, folder: Path) -> None:
+        claim(study(1, A="work", options=("--data.root", "x=y")), folder)
+        claim(study(1, A="work", options=("--data.root=x=y",)), folder)
+        with pytest.raises(UserError, match="a study with the options '--data.root=x=y', not '--data.root=y'"):
+            claim(study(1, A="work", options=("--data.root=y",)), folder)
+
+    def test_claim_that_was_stopped_is_no_foreign_folder(self, folder: Path) -> None:
+        (folder / ".study.yaml.new").touch()
+        claim(study(1, A="work"), folder)
+        assert read_declaration(folder).name == "fake"
+
+    def test_running_study_keeps_its_declaration(self, folder: Path) -> None:
+        claim(study(1, A="work"), folder)
+        before = (folder / "study.yaml").read_bytes()
+        with (folder / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(UserError, match="another process is running the study in"):
+                claim(study(1, 2, A="work"), folder)
+        assert (folder / "study.yaml").read_bytes() == before
 
     def test_foreign_folder_is_refused(self, folder: Path) -> None:
         (folder / "thesis.txt").touch()

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -20,7 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.study.conftest import DECLARED
 from zo_lightning.__main__ import main
+from zo_lightning.cli_errors import UserError
 from zo_lightning.snapshots import read_snapshots
+from zo_lightning.study.grid import Method, Study
+from zo_lightning.study.plan import check
 from zo_lightning.study.results import Results, read_results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +68,19 @@ def test_every_cell_is_an_ordinary_run(finished: Path) -> None:
     assert [shot.epoch for shot in read_snapshots(run)] == [0, 1, 2, 3]
     assert "val/acc" in EventAccumulator(str(run)).Reload().Tags()["scalars"]
     assert not list((finished / STUDY).rglob("error.txt"))
+
+
+def test_finished_run_is_repeated_elsewhere_and_never_overwritten(
+    elsewhere: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished / ZO, elsewhere / ZO)  # its configuration names the relative folder
+    before = {path: path.read_bytes() for path in ZO.rglob("*") if path.is_file()}
+    assert cli(f"fit -c {ZO}/config.yaml") == 2
+    assert f"'{ZO}' holds a finished run of a study" in capsys.readouterr().err
+    assert cli(f"fit -c {ZO}/config.yaml --trainer.logger true") == 0
+    assert {path: path.read_bytes() for path in ZO.rglob("*") if path.is_file()} == before
+    there, here = (read_snapshots(run)[-1].load() for run in (ZO, "lightning_logs/version_0"))
+    assert all(torch.equal(weight, here[name]) for name, weight in there.items())
 
 
 def test_methods_start_from_the_same_weights_and_seeds_do_not(finished: Path) -> None:
@@ -135,6 +153,21 @@ def test_dry_run_lists_cells_and_time_and_writes_nothing(tmp_path: Path, capsys:
     assert len(re.findall(r"^lightning_logs/tiny/\S+  d = (1,400|10,602)  about \d+ s$", printed, re.M)) == 8
     assert re.search(r"^8 cells, 0 of them finished; the others take about \d+ s with 2 at a time", printed, re.M)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_dry_run_of_a_single_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("study -c tiny.yaml --dry-run --trainer.max_epochs 1 --trainer.limit_train_batches 1") == 0
+    assert "8 cells, 0 of them finished; the others take about" in capsys.readouterr().out
+
+
+def test_error_of_torch_in_a_trial_names_the_cell() -> None:
+    def fit(words: Sequence[str]) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    declared = Study("x", (), {"FO": Method(({},), {})}, {"SmallCNN": None}, (1,), "FO")
+    with pytest.raises(UserError, match="^FO, SmallCNN, seed 1: DefaultCPUAllocator: can't allocate"):
+        check(declared, fit)
 
 
 def test_dry_run_sees_what_is_finished(

@@ -8,11 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NoReturn
 
-import yaml
-
 from zo_lightning.cli_errors import UserError
 from zo_lightning.study.grid import Cell, Study, read_study
-from zo_lightning.study.runs import FINISHED, Fit, Outcome, claim, is_finished, run_cells
+from zo_lightning.study.runs import Fit, Outcome, claim, is_finished, run_cells, seconds_of
 
 LOGS = Path("lightning_logs")
 COMMANDS = {
@@ -133,13 +131,14 @@ class _Progress:
     """A bar over cells, with the time left by how long the like of them took."""
 
     def __init__(self, cells: list[Cell], folder: Path, jobs: int) -> None:
-        self.left = {cell.folder: cell for cell in cells if not is_finished(folder, cell)}
+        self.left: dict[Path, Cell] = {}
         self.jobs = jobs
         self.seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
         for cell in cells:
-            if cell.folder not in self.left:
-                saved = yaml.safe_load((folder / cell.folder / FINISHED).read_text(encoding="utf-8"))
-                self.seconds[cell.method, cell.net].append(saved["seconds"])
+            if (seconds := seconds_of(folder, cell)) is None:
+                self.left[cell.folder] = cell
+            else:
+                self.seconds[cell.method, cell.net].append(seconds)
         self.total = len(cells)
 
     def __enter__(self) -> "_Progress":

@@ -165,21 +165,24 @@ def read_study(path: str | Path, options: tuple[str, ...] = ()) -> Study:
     for seed in seeds if isinstance(seeds, list) else [seeds]:
         if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
             raise UserError(f"{path}: seeds must be a list of whole numbers of at least 0, got {seed!r}")
-    reference = text.get("reference", next(iter(methods)))
-    if reference not in methods:
-        raise UserError(f"{path}: reference '{reference}' is none of the methods {', '.join(methods)}")
+    reference = str(text.get("reference", next(iter(methods))))
+    if reference not in map(str, methods):
+        raise UserError(f"{path}: reference '{reference}' is none of the methods {', '.join(map(str, methods))}")
     if not isinstance(seeds, list):
         raise UserError(f"{path}: seeds must be a list of whole numbers, got {seeds!r}")
     every = text.get("snapshots", 1)
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
         raise UserError(f"{path}: snapshots must be a whole number of epochs of at least 1, or null, got {every!r}")
+    name = text.get("name", path.stem)
+    if name is None or slug(str(name)) != str(name):
+        raise UserError(f"{path}: name {name!r} is to be a folder's name: letters, digits, '.', '_' and '-'")
     study = Study(
-        name=str(text.get("name", path.stem)),
+        name=str(name),
         common=(*_files(text, path), *([_overlay(text["common"], f"{path}: common")] if text.get("common") else [])),
         methods={str(name): _method(spec or {}, path, str(name)) for name, spec in methods.items()},
         nets={str(net): _scales(scales, path, str(net)) for net, scales in nets.items()},
         seeds=tuple(seeds),
-        reference=str(reference),
+        reference=reference,
         snapshots=every,
         options=options,
     )
@@ -189,8 +192,6 @@ def read_study(path: str | Path, options: tuple[str, ...] = ()) -> Study:
         raise UserError(
             f"{path}: two cells would share the folder '{twice[0]}': a name, a scale or a seed stands twice"
         )
-    if slug(study.name) != study.name:
-        raise UserError(f"{path}: name '{study.name}' is to be a folder's name: letters, digits, '.', '_' and '-'")
     return study
 
 
@@ -215,7 +216,7 @@ def first_difference(old: Any, new: Any, key: str = "") -> str | None:
     """Say in which key two configurations differ first, and how; None where they do not."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in [*old, *(name for name in new if name not in old)]:
-            if found := first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip(".")):
+            if found := first_difference(old.get(name, _ABSENT), new.get(name, _ABSENT), f"{key}.{name}".lstrip(".")):
                 return found
         return None
     if isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
@@ -241,6 +242,16 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
+
+
+class _Absent:
+    """What stands where a configuration lacks a key, which is not the same as null."""
+
+    def __repr__(self) -> str:
+        return "absent"
+
+
+_ABSENT = _Absent()
 
 
 def _mapping(text: Mapping[str, Any], key: str, path: Path) -> dict[Any, Any]:
@@ -286,10 +297,11 @@ def _check_scales(study: Study, path: Path) -> None:
 
 def _files(spec: Mapping[str, Any], path: Path) -> list[Overlay]:
     names = spec.get("base") or []
-    return [
-        _overlay(read_yaml(path.parent / name), f"{path.parent / name}")
-        for name in (names if isinstance(names, list) else [names])
-    ]
+    names = names if isinstance(names, list) else [names]
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(f"{path}: base must be a file's name or a list of them, got {name!r}")
+    return [_overlay(read_yaml(path.parent / name), f"{path.parent / name}") for name in names]
 
 
 def _overlay(value: Any, where: str) -> Overlay:

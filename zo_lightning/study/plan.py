@@ -24,10 +24,14 @@ _SILENT = [*(word for name in _OFF for word in (f"--trainer.{name}", "false")), 
 
 
 class Stopwatch(Callback):
-    """Note when each training step ends, in ``times`` [steps], seconds."""
+    """Note when training begins and when each of its steps ends, in ``times`` [1 + steps], seconds."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """Note the time."""
@@ -82,9 +86,13 @@ def _measure(cell: Cell, options: Sequence[str], fit: Fit) -> float:
     trainer = _try(
         cell, options, fit, ["--trainer.max_steps", str(_STEPS), "--trainer.num_sanity_val_steps", "0", *stopwatch]
     )
-    times = next(callback for callback in trainer.callbacks if isinstance(callback, Stopwatch)).times[_WARM_UP - 1 :]
-    step = (times[-1] - times[0]) / max(1, len(times) - 1)
-    passes = max(1.0, getattr(trainer.lightning_module, "forward_passes", 0) / _STEPS)
+    times = next(callback for callback in trainer.callbacks if isinstance(callback, Stopwatch)).times
+    steps = len(times) - 1
+    if steps < 1:
+        return 0.0
+    warm = times[min(_WARM_UP, steps - 1) :]
+    step = (warm[-1] - warm[0]) / (len(warm) - 1)
+    passes = max(1.0, getattr(trainer.lightning_module, "forward_passes", 0) / steps)
     batches = trainer.num_training_batches + sum(trainer.num_val_batches) / passes / (
         trainer.check_val_every_n_epoch or 1
     )
@@ -95,7 +103,7 @@ def _try(cell: Cell, options: Sequence[str], fit: Fit, extra: list[str]) -> Any:
     with _files(cell) as files, printing_to(io.StringIO()):
         try:
             return fit(words_of(cell, files, options, [*_SILENT, *extra]))
-        except (UserError, MisconfigurationException) as error:
+        except (UserError, MisconfigurationException, RuntimeError) as error:  # TrainingDiverged, and torch's own
             message = str(error).replace(f"{files[0].parent}/", "overlay ")
             raise UserError(f"{cell}: {message}") from error
 

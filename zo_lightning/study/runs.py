@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -26,9 +27,9 @@ Backend = Literal["loky", "dask", "ray"]
 
 DECLARATION = "study.yaml"
 FINISHED = "finished.yaml"  # a run's folder holds it when, and only when, the run is complete
+METRICS = "metrics.csv"
 FAILED = "error.txt"
 LOG = "log.txt"
-_MAX_CRASHES = 2
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,20 @@ def claim(study: Study, folder: Path) -> None:
     A study may have grown since: new methods, nets and seeds are cells that have not been run.
 
     Raises:
-        UserError: something else is there, or a study in which a cell has another configuration; nothing is changed.
+        UserError: something else is there, a study that is running, or one in which a cell has another configuration;
+            nothing is changed.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file; the study needs a folder of that name")
     declared = folder / DECLARATION
-    if declared.exists():
-        _check_same(read_declaration(folder), study, folder)
-    elif folder.exists() and any(folder.iterdir()):
+    # What begins with a dot may be our own: a study that was stopped while it claimed the folder.
+    if folder.exists() and not declared.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"'{folder}' holds something that is no study: choose another name, or empty it")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(declared, yaml.safe_dump(study.declaration(), sort_keys=False))
+    with _running(folder):
+        if declared.exists():
+            _check_same(read_declaration(folder), study, folder)
+        _write(declared, yaml.safe_dump(study.declaration(), sort_keys=False))
 
 
 def read_declaration(folder: Path) -> Study:
@@ -77,7 +81,18 @@ def read_declaration(folder: Path) -> Study:
 
 def is_finished(folder: Path, cell: Cell) -> bool:
     """Whether a cell's run is complete."""
-    return (folder / cell.folder / FINISHED).is_file()
+    return seconds_of(folder, cell) is not None
+
+
+def seconds_of(folder: Path, cell: Cell) -> float | None:
+    """How long a cell's complete run took; None where it is not complete, or what a crash has left of it is broken."""
+    run = folder / cell.folder
+    try:
+        about = yaml.safe_load((run / FINISHED).read_text(encoding="utf-8"))
+        whole = "parameters" in about and (run / METRICS).stat().st_size > 0
+        return float(about["seconds"]) if whole else None
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
 
 
 def words_of(cell: Cell, files: Sequence[Path], options: Sequence[str], extra: Sequence[str]) -> list[str]:
@@ -99,32 +114,31 @@ def run_cells(
 ) -> list[Outcome]:
     """Run all cells that are not finished, ``jobs`` at a time with ``threads`` threads each; return how they ended.
 
-    Each outcome is also passed to ``report``, as it comes. A cell that fails stops no other one; one whose process dies
-    is tried once more.
+    Each outcome is also passed to ``report``, as it comes. A cell that fails stops no other one. Where a
+    process dies, the cells that were running are tried once more, one at a time.
 
     Raises:
         UserError: another process is running this study, or the backend cannot be used.
     """
-    with _locked(folder / ".lock", f"another process is running the study in '{folder}'"):
+    with _running(folder):
         pending = [cell for cell in study.cells() if not is_finished(folder, cell)]
         outcomes: list[Outcome] = []
-        crashes: dict[Cell, int] = {}
+
+        def ended(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            pending.remove(outcome.cell)
+            report(outcome)
+
         with _engine(backend, address, jobs, threads) as parallel:
             while pending:
                 token = f"{os.getpid()} {time.time_ns()}"
                 job = _Job(study, folder, fit, threads, token, os.getpid() if backend == "loky" else None, Path.cwd())
                 try:
-                    for outcome in parallel(job, pending):
-                        outcomes.append(outcome)
-                        report(outcome)
-                    break
-                except _worker_died():
-                    seen = [outcome.cell for outcome in outcomes]
-                    pending = [cell for cell in pending if cell not in seen]
-                    for outcome in _after_crash(pending, folder, token, crashes):
-                        outcomes.append(outcome)
-                        report(outcome)
-                        pending.remove(outcome.cell)
+                    for outcome in parallel(job, list(pending)):
+                        ended(outcome)
+                except _worker_died():  # and all others were killed with it
+                    for cell in _after_crash(pending, folder, token):
+                        ended(_alone(parallel, job, cell))
         return outcomes
 
 
@@ -166,8 +180,8 @@ def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int =
     locks.mkdir(exist_ok=True)
     # Waits for a worker that has outlived its study.
     with _locked(locks / f"{'-'.join(cell.folder.parts)}.lock"):
-        if is_finished(folder, cell):
-            return Outcome(cell, 0.0)
+        if (seconds := seconds_of(folder, cell)) is not None:
+            return Outcome(cell, seconds)
         if run.exists():
             shutil.rmtree(run)
         (run / "overlays").mkdir(parents=True)
@@ -175,11 +189,12 @@ def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int =
         torch.set_num_threads(threads)
         try:
             with (run / LOG).open("w", encoding="utf-8") as log, printing_to(log):
-                *files, own = _write_overlays(cell, own_overlay(run, study.snapshots), run)
+                *files, own = _write_overlays(cell, own_overlay(run, cell, study.snapshots), run)
                 trainer = fit(words_of(cell, files, study.options, ["-c", str(own)]))
                 if trainer.interrupted:
                     raise KeyboardInterrupt
             seconds = time.perf_counter() - began
+            _sync_metrics(run / METRICS)
             _write(run / FINISHED, yaml.safe_dump({"seconds": seconds, "parameters": parameters(trainer)}))
         except (Exception, SystemExit) as error:
             if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
@@ -189,8 +204,11 @@ def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int =
         return Outcome(cell, seconds)
 
 
-def own_overlay(run: Path, snapshots: int | None) -> Overlay:
-    """What the study itself wants of a run: curves in its folder, the last weights, snapshots, and silence."""
+def own_overlay(run: Path, cell: Cell, snapshots: int | None) -> Overlay:
+    """What the study itself wants of a run: curves in its folder, the last weights, snapshots, and silence.
+
+    A cell that has one of the callbacks keeps its own: Lightning takes but one.
+    """
     callbacks: list[Overlay] = [{"class_path": "EpochCost"}]
     if snapshots is not None:
         every = {"every_n_epochs": snapshots, "histograms": False}
@@ -199,13 +217,26 @@ def own_overlay(run: Path, snapshots: int | None) -> Overlay:
     return {
         "trainer": {
             "logger": [{"class_path": name, **logger} for name in ("TensorBoardLogger", "CSVLogger")],
-            "callbacks+": callbacks,
+            "callbacks+": [callback for callback in callbacks if callback["class_path"] not in _callbacks(cell)],
             "enable_checkpointing": True,
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
         "checkpoint": {"monitor": None, "save_top_k": 0, "save_last": True, "save_weights_only": True},
     }
+
+
+def _callbacks(cell: Cell) -> set[str]:
+    """The classes of a cell's callbacks, without their modules."""
+    found: list[Any] = []
+    for overlay in cell.overlays:
+        trainer = overlay.get("trainer") or {}
+        for key, earlier in (("callbacks", []), ("callbacks+", found)):
+            if key in trainer:
+                value = trainer[key] or []
+                found = [*earlier, *(value if isinstance(value, list) else [value])]
+    names = (one["class_path"] if isinstance(one, dict) else one for one in found)
+    return {name.rpartition(".")[2] for name in names}
 
 
 def _write_overlays(cell: Cell, own: Overlay, run: Path) -> list[Path]:
@@ -227,7 +258,7 @@ def _check_same(there: Study, here: Study, folder: Path) -> None:
         raise UserError(
             f"'{folder}' belongs to a study with snapshots: {there.snapshots}, not {here.snapshots}: {advice}"
         )
-    if there.options != here.options:
+    if _split(there.options) != _split(here.options):
         raise UserError(
             f"'{folder}' belongs to a study with the options '{' '.join(there.options)}', "
             f"not '{' '.join(here.options)}': {advice}"
@@ -237,34 +268,36 @@ def _check_same(there: Study, here: Study, folder: Path) -> None:
         cell = new.get(old.folder)
         if cell is None:
             raise UserError(f"'{folder}' belongs to a study with a cell that this one lacks ({old}): {advice}")
-        if difference := first_difference(_joined(old), _joined(cell)):
-            where = difference.partition(".")[2]  # without the number of the overlay
-            raise UserError(f"'{folder}' belongs to a study with another configuration of {old}: {where}; {advice}")
+        for there_and_here in zip_longest(old.overlays, cell.overlays, fillvalue={}):
+            if where := first_difference(*there_and_here):
+                raise UserError(f"'{folder}' belongs to a study with another configuration of {old}: {where}; {advice}")
 
 
-def _joined(cell: Cell) -> dict[str, Any]:
-    return {f"{index}": overlay for index, overlay in enumerate(cell.overlays)}
+def _split(options: Sequence[str]) -> list[str]:
+    """Words of a command line, of which --name=value and --name value are the same."""
+    return [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
-def _after_crash(pending: list[Cell], folder: Path, token: str, crashes: dict[Cell, int]) -> list[Outcome]:
-    """The outcomes that got lost with the workers, and those of cells whose worker has died too often."""
-    found = []
-    for cell in pending:
-        run = folder / cell.folder
-        started = run / "overlays" / "started"
-        if not started.is_file() or started.read_text(encoding="utf-8") != token:
-            continue
-        if is_finished(folder, cell):
-            found.append(Outcome(cell, 0.0))
-        elif (run / FAILED).is_file():
-            found.append(Outcome(cell, 0.0, (run / FAILED).read_text(encoding="utf-8").strip().splitlines()[-1]))
-        else:
-            crashes[cell] = crashes.get(cell, 0) + 1
-            if crashes[cell] >= _MAX_CRASHES:
-                error = f"its process died {crashes[cell]} times: was there enough memory?"
-                _write(run / FAILED, error + "\n")
-                found.append(Outcome(cell, 0.0, error))
-    return found
+def _after_crash(pending: list[Cell], folder: Path, token: str) -> list[Cell]:
+    """Cells that were running when a worker died; where none had begun, the next one, so that a study always ends."""
+
+    def began(cell: Cell) -> bool:
+        started = folder / cell.folder / "overlays" / "started"
+        return started.is_file() and started.read_text(encoding="utf-8") == token
+
+    return [cell for cell in pending if began(cell)] or pending[:1]
+
+
+def _alone(parallel: Callable[[_Job, Sequence[Cell]], Iterator[Outcome]], job: _Job, cell: Cell) -> Outcome:
+    """Run a cell while no other one is running: if a worker dies now, it is this cell's."""
+    try:
+        return next(iter(parallel(job, [cell])))
+    except _worker_died():
+        error = "its process died, also when it ran alone: was there enough memory?"
+        run = job.folder / cell.folder
+        run.mkdir(parents=True, exist_ok=True)
+        _write(run / FAILED, error + "\n")
+        return Outcome(cell, 0.0, error)
 
 
 @contextlib.contextmanager
@@ -276,7 +309,10 @@ def _engine(
 
     with contextlib.ExitStack() as stack:
         settings: dict[str, Any] = {"n_jobs": jobs}
+        in_flight = "2 * n_jobs"
         if backend == "loky":
+            # With one job joblib would run the cells in this process, which one that dies would take with it.
+            settings["n_jobs"], in_flight = max(2, jobs), str(jobs)
             # One batch of threads per worker, or the workers fight for the cores.
             settings["inner_max_num_threads"] = threads
         elif backend == "dask":
@@ -289,7 +325,8 @@ def _engine(
         unordered = "list" if backend == "ray" else "generator_unordered"
 
         def parallel(job: _Job, cells: Sequence[Cell]) -> Iterator[Outcome]:
-            engine: Any = joblib.Parallel(return_as=unordered, batch_size=cast(Any, 1))  # its stub knows "auto" only
+            # Its stub knows batch_size="auto" only.
+            engine: Any = joblib.Parallel(return_as=unordered, batch_size=cast(Any, 1), pre_dispatch=in_flight)
             return engine(joblib.delayed(_work)(job, cell) for cell in cells)
 
         yield parallel
@@ -341,6 +378,10 @@ def _connect_ray(address: str | None, jobs: int) -> None:
     bridge.register_ray()
 
 
+def _running(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return _locked(folder / ".lock", f"another process is running the study in '{folder}'")
+
+
 @contextlib.contextmanager
 def _locked(path: Path, refusal: str | None = None) -> Iterator[None]:
     """Hold a file's lock, which the system gives back however the process ends. Wait for it, or refuse."""
@@ -384,8 +425,19 @@ def _die_with(parent: int) -> None:
     threading.Thread(target=watch, name=name, daemon=True).start()
 
 
+def _sync_metrics(path: Path) -> None:
+    """See that a run's metrics are on the disk before the run is called finished."""
+    if not path.exists() or path.stat().st_size == 0:
+        raise UserError(f"the run has written no {path.name}: has it trained an epoch?")
+    with path.open("a") as file:
+        os.fsync(file.fileno())
+
+
 def _write(path: Path, text: str) -> None:
-    """Write all of a file, or nothing."""
+    """Write all of a file, or nothing, even where the machine stops in between."""
     staged = path.with_name(f".{path.name}.new")
-    staged.write_text(text, encoding="utf-8")
+    with staged.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     staged.replace(path)
