@@ -84,7 +84,7 @@ BAD = {
     "name:\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "name None is to be a folder's name",
     "base: 3\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "base must be a file's name or .*, got 3",
     "methods: {FO: {base: [{a: 1}]}}\nnets: {SmallCNN: null}\nseeds: [1]": "base must be .*, got {'a': 1}",
-    "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nreference: [a]": r"reference '\['a'\]' is none of the methods",
+    "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nreference: [a]": r"reference '\['a'\]' is none of",
     "methods: [": "not YAML",
     "just words": "expected keys and values, got str",
 }
