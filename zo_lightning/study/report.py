@@ -30,8 +30,9 @@ PAGE = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")
 _TABLE_NOTE = (
     "Means over seeds with their 95 % confidence interval (Student's t) in brackets. The difference to the reference "
-    "is paired by seed. Published: mean of 10 runs, after the same epoch."
+    "is paired by seed."
 )
+_PUBLISHED_NOTE = " Published: mean of 10 runs, after the same epoch."
 
 
 @dataclass
@@ -421,12 +422,16 @@ def _summary(results: Results, table: pd.DataFrame, sections: list[Section]) -> 
         lines += ["Missing cells: " + "; ".join(_missing(results)) + ".", ""]
     lines += ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
-    lines += ["", _TABLE_NOTE, ""]
+    lines += ["", _table_note(results), ""]
     for section in sections:
         lines += [f"## {section.title}", "", section.answer, ""]
         lines += [f"![{one.caption}]({one.name}.png)" for one in section.figures if one.source] + [""]
         lines += [f"Not drawn ({one.name}): {one.reason}." for one in section.figures if one.reason]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _table_note(results: Results) -> str:
+    return _TABLE_NOTE if results.published is None else _TABLE_NOTE + _PUBLISHED_NOTE
 
 
 def _diverged(results: Results) -> str:
@@ -454,6 +459,6 @@ def _page(results: Results, table: pd.DataFrame, sections: list[Section]) -> str
         missing=_missing(results),
         sections=sections,
         table=Markup(table.to_html(index=False, border=0)),
-        table_note=_TABLE_NOTE,
+        table_note=_table_note(results),
         settings=settings,
     )
