@@ -132,7 +132,7 @@ def append(path: Path, key: Key, value: float) -> None:
 def grouped(known: dict[Key, float]) -> dict[str, dict[str, dict[int, list[float]]]]:
     """The accuracies of all seeds by net, method and budget."""
     groups: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
-    for (net, method, budget, _), value in sorted(known.items()):
+    for (net, method, budget, _), value in sorted(known.items(), key=lambda item: (list(NETS).index(item[0][0]), item)):
         groups[net][method].setdefault(budget, []).append(value)
     return groups
 
@@ -155,7 +155,10 @@ def _cell(values: list[float]) -> str:
 
 
 def draw(known: dict[Key, float], output: Path) -> None:
-    """Draw accuracy against forward passes, one panel per net, from the lowest seed to the highest."""
+    """Draw accuracy against forward passes, one panel per net, from the lowest seed to the highest.
+
+    Methods stand beside each other at the same budget, or their bars would hide each other.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,11 +169,12 @@ def draw(known: dict[Key, float], output: Path) -> None:
         1, len(groups), figsize=(4.6 * len(groups) + 2.6, 4.2), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, (net, by_method) in zip(panels[0], groups.items(), strict=True):
-        for (name, colour), marker in zip(zip(METHODS, COLOURS, strict=True), "osv^DPX*", strict=True):
+        for index, (name, colour, marker) in enumerate(zip(METHODS, COLOURS, "osv^DPX*", strict=True)):
             by_budget = by_method.get(name, {})
             if not by_budget:
                 continue
-            budgets = list(by_budget)
+            beside = 1.07 ** (index - len(METHODS) / 2)
+            budgets = [budget * beside for budget in by_budget]
             middle = [mean(values) for values in by_budget.values()]
             low, high = ([f(values) for values in by_budget.values()] for f in (min, max))
             errors = [
@@ -178,7 +182,10 @@ def draw(known: dict[Key, float], output: Path) -> None:
                 [b - m for m, b in zip(middle, high, strict=True)],
             ]
             axes.errorbar(budgets, middle, errors, color=colour, marker=marker, capsize=3, label=name)
+        ticks = sorted({budget for by_budget in by_method.values() for budget in by_budget})
         axes.set(xscale="log", xlabel="forward passes of 128 images", title=net)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("test accuracy")
     handles, labels = panels[0][0].get_legend_handles_labels()
