@@ -32,7 +32,7 @@ from zo_lightning import (
     Backprop,
     Classifier,
     ExampleDirections,
-    Forward,
+    ForwardDifference,
     ForwardGradient,
     GradientEstimator,
     NormalizedSGD,
@@ -60,7 +60,7 @@ METHODS = {
     "one direction (ZO-AdaMM)": Method(ZerothOrder(), partial(AdaMM, lr=4e-3, betas=(0.9, 0.99)), 2),
     "forward gradient": Method(ForwardGradient(), partial(AdaMM, lr=4e-3, betas=(0.9, 0.99)), 2),
     "8 directions, batches of 32": Method(
-        ZerothOrder(Rademacher(), Forward(1e-3), samples=8),
+        ZerothOrder(Rademacher(), ForwardDifference(1e-3), samples=8),
         partial(NormalizedSGD, lr=6e-3, betas=(0.9, 0.99), weight_decay=0.03),
         9,
         32,

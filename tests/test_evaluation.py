@@ -7,11 +7,11 @@ from torch import nn
 
 from zo_lightning.directions import Gaussian
 from zo_lightning.evaluation import InPlace
-from zo_lightning.stencils import Central, Forward, Stencil
+from zo_lightning.stencils import CentralDifference, ForwardDifference, Stencil
 
 
 @pytest.mark.parametrize("restore", ["exact", "replay"])
-@pytest.mark.parametrize("stencil", [Forward(0.5), Central(0.5)])
+@pytest.mark.parametrize("stencil", [ForwardDifference(0.5), CentralDifference(0.5)])
 def test_losses_are_those_at_the_stencils_points(restore: str, stencil: Stencil) -> None:
     net = nn.Linear(3, 1, dtype=torch.float64)
     params = list(net.parameters())
@@ -40,7 +40,7 @@ def test_the_forward_difference_shares_its_centre() -> None:
         calls += 1
         return 0.0
 
-    list(InPlace().slopes(objective, list(nn.Linear(1, 1).parameters()), Gaussian(), Forward(), 4, 0, 0))
+    list(InPlace().slopes(objective, list(nn.Linear(1, 1).parameters()), Gaussian(), ForwardDifference(), 4, 0, 0))
     assert calls == 5
 
 
@@ -48,7 +48,7 @@ def test_the_first_direction_takes_the_memory_of_the_gradient() -> None:
     params = list(nn.Linear(3, 1).parameters())
     for p in params:
         p.grad = torch.zeros_like(p)
-    (first, second) = (u for _, u in InPlace().slopes(lambda: 0.0, params, Gaussian(), Central(), 2, 0, 0))
+    (first, second) = (u for _, u in InPlace().slopes(lambda: 0.0, params, Gaussian(), CentralDifference(), 2, 0, 0))
     for p, a, b in zip(params, first, second, strict=True):
         assert p.grad is not None
         assert a.data_ptr() == p.grad.data_ptr() != b.data_ptr()
@@ -60,13 +60,13 @@ def test_kept_memory_follows_a_change_of_dtype() -> None:
         net.to(dtype)
         params = list(net.parameters())
         origin = [p.detach().clone() for p in params]
-        list(evaluation.slopes(lambda: 0.0, params, Gaussian(), Central(), 1, 0, 0))
+        list(evaluation.slopes(lambda: 0.0, params, Gaussian(), CentralDifference(), 1, 0, 0))
         assert all(torch.equal(p, o) for p, o in zip(params, origin, strict=True))
 
 
 def test_kept_memory_is_neither_copied_nor_compared() -> None:
     evaluation = InPlace()
-    list(evaluation.slopes(lambda: 0.0, list(nn.Linear(3, 1).parameters()), Gaussian(), Central(), 1, 0, 0))
+    list(evaluation.slopes(lambda: 0.0, list(nn.Linear(3, 1).parameters()), Gaussian(), CentralDifference(), 1, 0, 0))
     for twin in (copy.deepcopy(evaluation), pickle.loads(pickle.dumps(evaluation))):
         assert twin == evaluation == InPlace()
         assert twin._copies is not evaluation._copies

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from zo_lightning import (
     ActivationPerturbation,
     Backprop,
-    Central,
+    CentralDifference,
     Coordinate,
     Directions,
     ExampleDirections,
-    Forward,
+    ForwardDifference,
     ForwardGradient,
     Gaussian,
     GradientEstimator,
@@ -46,8 +46,8 @@ DIRECTIONS: dict[str, tuple[Directions, float]] = {
     "low_rank_2": (LowRank(rank=2), 6.0),
 }
 WEIGHT_SPACE: dict[str, Callable[[Directions, int], GradientEstimator]] = {
-    "central": lambda u, q: ZerothOrder(u, Central(1e-3), samples=q, seed=0),
-    "forward": lambda u, q: ZerothOrder(u, Forward(1e-3), samples=q, seed=0),
+    "central": lambda u, q: ZerothOrder(u, CentralDifference(1e-3), samples=q, seed=0),
+    "forward": lambda u, q: ZerothOrder(u, ForwardDifference(1e-3), samples=q, seed=0),
     "forward_gradient": lambda u, q: ForwardGradient(u, samples=q, seed=0),
 }
 Make = Callable[[int], GradientEstimator]
@@ -59,7 +59,7 @@ FORWARD_ONLY: dict[str, Make] = {
     },
     "activations": lambda q: ActivationPerturbation(samples=q, seed=0),
     "example_directions": lambda q: ExampleDirections(samples=q, seed=0),
-    "per_example-forward": lambda q: PerExample(Forward(1e-3), samples=q, seed=0),
+    "per_example-forward": lambda q: PerExample(ForwardDifference(1e-3), samples=q, seed=0),
     "per_example-no_feedback": lambda q: PerExample(samples=q, feedback=0, seed=0),
 }
 directions = pytest.mark.parametrize(("u", "kurtosis"), DIRECTIONS.values(), ids=DIRECTIONS.keys())
@@ -226,7 +226,7 @@ def test_law_4_a_tied_weight_is_perturbed_once() -> None:
         seen.append(net.tied.weight.detach().clone())
         return loss()
 
-    ZerothOrder(Rademacher(), Central(0.25), seed=0).backward(spy, net, 0)
+    ZerothOrder(Rademacher(), CentralDifference(0.25), seed=0).backward(spy, net, 0)
     for perturbed in seen:
         assert torch.allclose((perturbed - net.tied.weight).abs(), torch.tensor(0.25))
     assert net.tied.weight.grad is net.inner.weight.grad is not None

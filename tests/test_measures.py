@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from zo_lightning import (
     Backprop,
-    Central,
+    CentralDifference,
     Coordinate,
     Directions,
     ExampleDirections,
@@ -209,7 +209,7 @@ def test_expected_cosine_with_a_direction_for_every_example() -> None:
     def losses() -> Tensor:
         return F.cross_entropy(net(x), y, reduction="none")
 
-    estimator = ExampleDirections(Central(1e-2), samples=2, feedback=0, balance=False, seed=0)
+    estimator = ExampleDirections(CentralDifference(1e-2), samples=2, feedback=0, balance=False, seed=0)
     gradient = true_gradient(losses, net)
     n, cosines = 200, []
     for step in range(n):

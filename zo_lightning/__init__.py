@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from zo_lightning.nets import ScalableCNN, SmallCNN
     from zo_lightning.objective import NonFiniteLoss, Objective
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
-    from zo_lightning.stencils import Central, Forward, Stencil
+    from zo_lightning.stencils import CentralDifference, ForwardDifference, Stencil
 
 _HOMES = {
     "directions": ("Coordinate", "Directions", "Gaussian", "LowRank", "Rademacher", "Sphere"),
@@ -40,7 +40,7 @@ _HOMES = {
     "nets": ("ScalableCNN", "SmallCNN"),
     "objective": ("NonFiniteLoss", "Objective"),
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
-    "stencils": ("Central", "Forward", "Stencil"),
+    "stencils": ("CentralDifference", "ForwardDifference", "Stencil"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -49,14 +49,14 @@ __all__ = [
     "AdaMM",
     "AutomaticClassifier",
     "Backprop",
-    "Central",
+    "CentralDifference",
     "Classifier",
     "Coordinate",
     "Directions",
     "EstimatedGradient",
     "Evaluation",
     "ExampleDirections",
-    "Forward",
+    "ForwardDifference",
     "ForwardGradient",
     "Gaussian",
     "GradientEstimator",

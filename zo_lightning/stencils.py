@@ -1,4 +1,4 @@
-"""Finite differences as data: where the loss is asked along a direction, and with which weights."""
+"""Finite differences as data: where the loss is asked along a direction, and with which coefficients."""
 
 import math
 from abc import ABC
@@ -9,7 +9,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Stencil(ABC):
-    """A finite-difference formula for the slope of ``f`` at ``x`` along ``u``: ``c = Σₖ wₖ f(x + oₖ μ u) / μ``.
+    """A finite-difference formula for the slope of ``f`` at ``x`` along ``u``: ``c = Σₖ aₖ f(x + oₖ μ u) / μ``.
 
     Args:
         mu: the step ``μ`` > 0 along a direction of norm about √d, so the typical displacement of one weight.
@@ -20,7 +20,7 @@ class Stencil(ABC):
 
     mu: float = 1e-3
     offsets: ClassVar[tuple[float, ...]]
-    weights: ClassVar[tuple[float, ...]]
+    coefficients: ClassVar[tuple[float, ...]]
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mu) and self.mu > 0):
@@ -28,20 +28,20 @@ class Stencil(ABC):
 
     def slope(self, losses: Sequence[float]) -> float:
         """The directional derivative ``c`` from the losses at ``offsets``, in their order."""
-        return math.fsum(w * value for w, value in zip(self.weights, losses, strict=True)) / self.mu
+        return math.fsum(a * loss for a, loss in zip(self.coefficients, losses, strict=True)) / self.mu
 
 
 @dataclass(frozen=True)
-class Forward(Stencil):
+class ForwardDifference(Stencil):
     """Forward difference ``(f(x + μu) − f(x)) / μ``: error O(μ); ``f(x)`` is shared by all directions of a step."""
 
     offsets = (0.0, 1.0)
-    weights = (-1.0, 1.0)
+    coefficients = (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Central(Stencil):
+class CentralDifference(Stencil):
     """Central difference ``(f(x + μu) − f(x − μu)) / 2μ``: error O(μ²), two forward passes per direction."""
 
     offsets = (1.0, -1.0)
-    weights = (0.5, -0.5)
+    coefficients = (0.5, -0.5)

@@ -11,11 +11,11 @@ from tests.callbacks.runs import Linear, automatic, batches, classifier, first_o
 from zo_lightning import (
     ActivationPerturbation,
     AutomaticClassifier,
-    Central,
+    CentralDifference,
     Coordinate,
     EstimatedGradient,
     ExampleDirections,
-    Forward,
+    ForwardDifference,
     ForwardGradient,
     GradientEstimator,
     PerExample,
@@ -26,12 +26,12 @@ from zo_lightning.measures import cosine, true_gradient
 
 ESTIMATORS: dict[str, GradientEstimator] = {
     "central": ZerothOrder(samples=2, seed=0),
-    "forward": ZerothOrder(stencil=Forward(), seed=0),
+    "forward": ZerothOrder(stencil=ForwardDifference(), seed=0),
     "coordinate": ZerothOrder(Coordinate(), seed=0),
     "forward_gradient": ForwardGradient(seed=0),
     "per_example": PerExample(seed=0),
     "activations": ActivationPerturbation(seed=0, samples=2),
-    "examples_forward": ExampleDirections(Forward(1e-2), seed=0),
+    "examples_forward": ExampleDirections(ForwardDifference(1e-2), seed=0),
 }
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 
@@ -113,7 +113,7 @@ def test_cosine_is_near_what_theory_expects(tmp_path: Path) -> None:
 def test_a_mu_below_the_noise_floor_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"mu=1e-09 is below the noise floor of the finite difference, .*Try mu="):
         trainer(tmp_path, GradientAlignment(), max_epochs=1).fit(
-            classifier(ZerothOrder(stencil=Central(1e-9), seed=0)), batches()
+            classifier(ZerothOrder(stencil=CentralDifference(1e-9), seed=0)), batches()
         )
     assert scalars(tmp_path)["alignment/slope_snr"][0][1] < 1
 
@@ -145,7 +145,7 @@ class Accuracy(Linear):
 
 
 class EstimatedAccuracy(EstimatedGradient, Accuracy):
-    estimator = ZerothOrder(stencil=Central(0.1), seed=0)
+    estimator = ZerothOrder(stencil=CentralDifference(0.1), seed=0)
 
 
 def test_a_loss_without_gradient_is_said_once(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_gradient_of_zero(tmp_path: Path, recwarn: pytest.WarningsRecorder) ->
 
 
 class EstimatedHalf(EstimatedGradient, Linear):
-    estimator = ZerothOrder(stencil=Central(1e-2), seed=0)
+    estimator = ZerothOrder(stencil=CentralDifference(1e-2), seed=0)
 
 
 def test_weights_of_low_precision_have_a_high_noise_floor(tmp_path: Path) -> None:

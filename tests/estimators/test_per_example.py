@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_lightning import ActivationPerturbation, Backprop, Central, ExampleDirections, Forward, PerExample, ZerothOrder
+from zo_lightning import (
+    ActivationPerturbation,
+    Backprop,
+    CentralDifference,
+    ExampleDirections,
+    ForwardDifference,
+    PerExample,
+    ZerothOrder,
+)
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.objective import NonFiniteLoss
 
@@ -99,7 +107,7 @@ def moments(estimator: GradientEstimator, loss: Callable[[], Tensor], net: nn.Mo
 def test_is_unbiased_whatever_the_feedback(kind: type[nn.Module], space: str, feedback: float) -> None:
     net, loss = problem(kind)
     exact = gradient(Backprop(), loss, net)
-    estimator = PerExample(Central(1e-5), space=space, feedback=feedback, correction=1.0, seed=1)  # type: ignore[arg-type]
+    estimator = PerExample(CentralDifference(1e-5), space=space, feedback=feedback, correction=1.0, seed=1)  # type: ignore[arg-type]
     mean, error = moments(estimator, loss, net, 400)
     # Five standard errors hold for some 250 numbers with a probability of 0.9998. The step of 1e-2 by which the loss is
     # asked for the gradient of the net's output leaves 1e-4 / 6 of its third derivative, at most 0.2, times inputs.
@@ -114,7 +122,7 @@ def test_the_error_of_the_slopes_is_quadratic_in_mu() -> None:
     x, y = torch.randn(B, 3, dtype=torch.float64), torch.randint(3, (B,))
 
     def last_bias(mu: float) -> Tensor:
-        estimator = ActivationPerturbation(Central(mu), feedback=0.0, correction=1.0, balance=False, seed=0)
+        estimator = ActivationPerturbation(CentralDifference(mu), feedback=0.0, correction=1.0, balance=False, seed=0)
         return gradient(estimator, lambda: F.cross_entropy(net(x), y, reduction="none"), net)[-3:]
 
     exact = last_bias(1e-5)
@@ -125,7 +133,7 @@ def test_the_error_of_the_slopes_is_quadratic_in_mu() -> None:
 def test_forward_difference_is_unbiased_to_first_order() -> None:
     net, loss = problem(Residual)
     exact = gradient(Backprop(), loss, net)
-    mean, error = moments(PerExample(Forward(1e-6), correction=1.0, seed=1), loss, net, 400)
+    mean, error = moments(PerExample(ForwardDifference(1e-6), correction=1.0, seed=1), loss, net, 400)
     assert bool(((mean - exact).abs() <= 5 * error + 1e-5).all())
 
 
@@ -148,7 +156,7 @@ def test_the_gradient_of_the_last_layer_is_known() -> None:
     net, loss = problem(Residual)
     Backprop().backward(loss, net, 0)
     exact = net.out.weight.grad.clone()
-    PerExample(Central(1e-6), seed=0).backward(loss, net, 0)
+    PerExample(CentralDifference(1e-6), seed=0).backward(loss, net, 0)
     # Central differences of the loss by the net's output, with a step of 1e-2: 1e-4 / 6 times its third derivative.
     assert torch.allclose(net.out.weight.grad, exact, rtol=1e-3, atol=1e-5)
 
@@ -166,7 +174,7 @@ def test_batch_normalization(space: str) -> None:
     """Right before the statistics the gradient through them is put back; the estimate is then unbiased for it."""
     net, loss = problem(Stats)
     exact = gradient(Backprop(), loss, net)
-    estimator = PerExample(Central(1e-5), layers={"*": space}, feedback=0, correction=1.0, seed=1)  # type: ignore[dict-item]
+    estimator = PerExample(CentralDifference(1e-5), layers={"*": space}, feedback=0, correction=1.0, seed=1)  # type: ignore[dict-item]
     mean, error = moments(estimator, loss, net, 400)
     others = slice(net.conv.weight.numel() + net.conv.bias.numel(), None)
     assert bool(((mean - exact).abs() <= 5 * error + 1e-6)[others].all())
@@ -275,7 +283,7 @@ def test_weights_in_unusual_places_are_unbiased_too() -> None:
         return F.cross_entropy(net(x), y, reduction="none")
 
     exact = gradient(Backprop(), loss, net)
-    mean, error = moments(PerExample(Central(1e-5), correction=1.0, seed=1), loss, net, 400)
+    mean, error = moments(PerExample(CentralDifference(1e-5), correction=1.0, seed=1), loss, net, 400)
     assert bool(((mean - exact).abs() <= 5 * error + 1e-5).all())
     assert bool((error > 0).all()), "every weight is estimated"
     PerExample(seed=0).backward(loss, net, 0)  # and the default, which measures bias and noise
@@ -352,7 +360,7 @@ def test_changes_of_the_output_in_place_are_seen() -> None:
         return F.cross_entropy(net(x).mul_(3.0), y, reduction="none")
 
     exact = gradient(Backprop(), loss, net)
-    mean, error = moments(PerExample(Central(1e-5), correction=1.0, seed=1), loss, net, 400)
+    mean, error = moments(PerExample(CentralDifference(1e-5), correction=1.0, seed=1), loss, net, 400)
     # The loss is asked with steps of 1e-2 before the factor 3: an error of 27 · 1e-4 / 6 times its third derivative.
     assert bool(((mean - exact).abs() <= 5 * error + 1e-3).all())
 
@@ -367,7 +375,7 @@ def test_bfloat16(autocast: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return F.cross_entropy(net(x), y, reduction="none")
 
-    PerExample(Central(0.1), seed=0).backward(loss, net, 0)
+    PerExample(CentralDifference(0.1), seed=0).backward(loss, net, 0)
     ours = net.out.weight.grad
     assert ours.dtype == net.out.weight.dtype
     Backprop().backward(loss, net, 0)

@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from zo_lightning import Backprop, Central, Forward, ForwardGradient, Gaussian, Rademacher, Sphere, ZerothOrder
+from zo_lightning import (
+    Backprop,
+    CentralDifference,
+    ForwardDifference,
+    ForwardGradient,
+    Gaussian,
+    Rademacher,
+    Sphere,
+    ZerothOrder,
+)
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.stencils import Stencil
 
@@ -23,7 +32,9 @@ def test_equals_a_plain_reference() -> None:
         ends = [f(*(p.detach() + sign * 1e-2 * t for p, t in zip(params, u, strict=True))) for sign in (1, -1)]
         for e, t in zip(expected, u, strict=True):
             e += (ends[0] - ends[1]) / (2 * 1e-2) * t / 3
-    ZerothOrder(Sphere(), Central(1e-2), samples=3, seed=11).backward(lambda: net(x).tanh().square().mean(), net, 4)
+    ZerothOrder(Sphere(), CentralDifference(1e-2), samples=3, seed=11).backward(
+        lambda: net(x).tanh().square().mean(), net, 4
+    )
     for p, e in zip(params, expected, strict=True):
         assert p.grad is not None and torch.allclose(p.grad, e, rtol=1e-9, atol=1e-12)
 
@@ -39,12 +50,13 @@ def test_the_error_of_a_central_difference_is_quadratic_in_mu() -> None:
         return float(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).norm())
 
     exact = slope(ForwardGradient(Rademacher(), seed=0))
-    errors = [abs(slope(ZerothOrder(Rademacher(), Central(mu), seed=0)) - exact) for mu in (1e-2, 1e-3)]
+    errors = [abs(slope(ZerothOrder(Rademacher(), CentralDifference(mu), seed=0)) - exact) for mu in (1e-2, 1e-3)]
     assert errors[0] / errors[1] == pytest.approx(100, rel=0.1)
 
 
 @pytest.mark.parametrize(
-    ("stencil", "samples", "b"), [(Forward(1e-6), 8, 2), (Central(1e-6), 1, 2), (Central(1e-6), 1, 9)]
+    ("stencil", "samples", "b"),
+    [(ForwardDifference(1e-6), 8, 2), (CentralDifference(1e-6), 1, 2), (CentralDifference(1e-6), 1, 9)],
 )
 def test_the_error_is_what_directions_and_examples_give(stencil: Stencil, samples: int, b: int) -> None:
     """E‖ĝ − g‖² = (d − 1)/q E‖G‖² + E‖G − g‖² with signs, G being the gradient of the batch."""
@@ -86,7 +98,9 @@ def test_the_seed_is_that_of_torch_unless_given() -> None:
 
 def test_loss_is_returned() -> None:
     net = nn.Linear(3, 1)
-    loss = ZerothOrder(stencil=Central(1e-4), seed=0).backward(lambda: net(torch.ones(1, 3)).square().sum(), net, 0)
+    loss = ZerothOrder(stencil=CentralDifference(1e-4), seed=0).backward(
+        lambda: net(torch.ones(1, 3)).square().sum(), net, 0
+    )
     assert loss.item() == pytest.approx(net(torch.ones(1, 3)).square().item(), rel=1e-3)
     assert not loss.requires_grad
 

@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from zo_lightning import AutomaticClassifier, Backprop, Central, Classifier, PerExample, ZerothOrder
+from zo_lightning import AutomaticClassifier, Backprop, CentralDifference, Classifier, PerExample, ZerothOrder
 from zo_lightning.data import Digits
 
 
@@ -54,7 +54,9 @@ def test_backprop_equals_the_automatic_twin(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "estimator", [Backprop(), ZerothOrder(stencil=Central(1e-2), samples=4, seed=0)], ids=lambda e: type(e).__name__
+    "estimator",
+    [Backprop(), ZerothOrder(stencil=CentralDifference(1e-2), samples=4, seed=0)],
+    ids=lambda e: type(e).__name__,
 )
 def test_learns_and_predicts(estimator: Any, tmp_path: Path) -> None:
     fit = trainer(tmp_path, max_epochs=20)

@@ -13,9 +13,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from zo_lightning import Backprop, Central, EstimatedGradient, Forward, ForwardGradient, TrainingDiverged, ZerothOrder
+from zo_lightning import (
+    Backprop,
+    CentralDifference,
+    EstimatedGradient,
+    ForwardDifference,
+    ForwardGradient,
+    TrainingDiverged,
+    ZerothOrder,
+)
 
-FORWARD_ONLY = [ZerothOrder(), ZerothOrder(stencil=Forward(), samples=2), ForwardGradient()]
+FORWARD_ONLY = [ZerothOrder(), ZerothOrder(stencil=ForwardDifference(), samples=2), ForwardGradient()]
 EVERY = [Backprop(), *FORWARD_ONLY]
 
 
@@ -249,7 +257,7 @@ def test_training_that_diverges_stops_and_keeps_its_checkpoint(tmp_path: Path) -
 
 def test_mu_follows_the_learning_rate_down_to_a_floor(tmp_path: Path) -> None:
     module = Estimated()
-    module.estimator = ZerothOrder(stencil=Central(1e-3), seed=0)
+    module.estimator = ZerothOrder(stencil=CentralDifference(1e-3), seed=0)
     module.mu_follows_lr = True
     seen: list[float | None] = []
 

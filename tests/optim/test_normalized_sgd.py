@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from zo_lightning import Central, Rademacher, ZerothOrder
+from zo_lightning import CentralDifference, Rademacher, ZerothOrder
 from zo_lightning.optim import NormalizedSGD
 
 
@@ -58,7 +58,9 @@ def test_the_size_of_the_gradient_does_not_matter() -> None:
 def test_one_step_along_a_sign_direction_is_lr_in_every_weight() -> None:
     net = torch.nn.Linear(4, 3)
     before = [p.detach().clone() for p in net.parameters()]
-    ZerothOrder(Rademacher(), Central(1e-2), seed=0).backward(lambda: net(torch.ones(1, 4)).square().sum(), net, 0)
+    ZerothOrder(Rademacher(), CentralDifference(1e-2), seed=0).backward(
+        lambda: net(torch.ones(1, 4)).square().sum(), net, 0
+    )
     NormalizedSGD(net.parameters(), lr=0.01).step()
     for p, start in zip(net.parameters(), before, strict=True):
         assert torch.allclose((p - start).abs(), torch.tensor(0.01), rtol=1e-4)

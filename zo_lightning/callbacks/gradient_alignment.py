@@ -123,7 +123,7 @@ def _finite_difference(module: Any, objective: Objective, estimator: Any, gradie
     slope = _slope_by_example(objective, stencil, mu, estimator.samples) if by_example else gradient_norm
     loss = objective.per_example if by_example else objective.loss
     noise = loss_noise(loss, module, min(1e-5, mu / 100), objective.seed)
-    floor = noise * math.sqrt(sum(w * w for w in stencil.weights)) / slope if slope else math.nan
+    floor = noise * math.sqrt(sum(w * w for w in stencil.coefficients)) / slope if slope else math.nan
     if mu < floor:
         say_once(
             f"GradientAlignment: mu={mu:g} is below the noise floor of the finite difference, {floor:.2g} at step "
@@ -168,5 +168,5 @@ def _slope_by_example(objective: Objective, stencil: Stencil, mu: float, samples
     """The root mean square of the slopes of the step's last passes."""
     points = len(stencil.offsets)
     losses = torch.stack(objective.seen[-samples * points :]).unflatten(0, (-1, points))
-    weights = losses.new_tensor(stencil.weights)
+    weights = losses.new_tensor(stencil.coefficients)
     return float((losses.movedim(1, -1) @ weights / mu).square().mean().sqrt())

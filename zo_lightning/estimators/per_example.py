@@ -19,7 +19,7 @@ from zo_lightning.layers import Affine, Noise, Operation, count, noise_sizes, we
 from zo_lightning.objective import Objective
 from zo_lightning.output import module_calls, output_of_the_net, replaced_output, watched_output
 from zo_lightning.passes import Use, WatchedPass
-from zo_lightning.stencils import Central, Stencil
+from zo_lightning.stencils import CentralDifference, Stencil
 
 _log = logging.getLogger(__name__)
 _SIGNS = Rademacher()
@@ -66,7 +66,7 @@ class PerExample(GradientEstimator):
     Args:
         stencil: the finite difference. ``mu`` displaces outputs, which are of order 1, so it can be larger than on
             weights.
-        samples: ``q`` ≥ 1 noises per example, averaged; ``Central`` asks 2q forward passes.
+        samples: ``q`` ≥ 1 noises per example, averaged; ``CentralDifference`` asks 2q forward passes.
         space: where the noise goes: ``"activations"``, ``"weights"``, or ``"auto"``: per layer the one with fewer
             perturbed dimensions, not counting outputs that a ReLU or a max-pooling hides.
         layers: exceptions to ``space``, by patterns of the names of layers' first weights, such as
@@ -82,7 +82,7 @@ class PerExample(GradientEstimator):
             instead of one loss per example, or a weight is used more often than in the first step.
     """
 
-    stencil: Stencil = field(default_factory=lambda: Central(1e-2))
+    stencil: Stencil = field(default_factory=lambda: CentralDifference(1e-2))
     samples: int = 1
     space: Space = "auto"
     layers: Mapping[str, Space] = field(default_factory=dict)
@@ -246,7 +246,7 @@ class PerExample(GradientEstimator):
     def _difference(self, values: list[Tensor]) -> Tensor:
         """The stencil's difference quotient of tensors, in float32 at least."""
         dtype = torch.promote_types(values[0].dtype, torch.float32)
-        weights = torch.tensor(self.stencil.weights, dtype=dtype, device=values[0].device)
+        weights = torch.tensor(self.stencil.coefficients, dtype=dtype, device=values[0].device)
         # Not as a matrix product, whose precision autocast would lower.
         return (torch.stack(values, -1).to(dtype) * weights).sum(-1) / self.stencil.mu
 

@@ -11,7 +11,7 @@ from zo_lightning.directions import Directions, Sphere, mix
 from zo_lightning.estimators.base import GradientEstimator, check_samples, estimate, resolve_seed, trainable
 from zo_lightning.evaluation import Evaluation, InPlace
 from zo_lightning.objective import Objective
-from zo_lightning.stencils import Central, Stencil
+from zo_lightning.stencils import CentralDifference, Stencil
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,17 @@ class ZerothOrder(GradientEstimator):
     the forward difference it is the estimator of ZO-AdaMM (Chen et al., *ZO-AdaMM*, NeurIPS 2019).
 
     What a batch of ``b`` examples should be: for ``q ≪ d`` the squared error of ``ĝ``, times the examples passed to
-    get it, is about ``d (s² + b ‖∇f‖²) (q + 1) / q`` with ``Forward`` and ``2 d (s² + b ‖∇f‖²)`` with ``Central``,
-    where ``s²`` is the mean squared distance of an example's gradient from their mean. So many forward differences on
-    a small batch cost half as much as central ones, and ``b`` below ``s² / ‖∇f‖²`` (hundreds, on MNIST) gains no more.
+    get it, is about ``d (s² + b ‖∇f‖²) (q + 1) / q`` with ``ForwardDifference`` and ``2 d (s² + b ‖∇f‖²)`` with
+    ``CentralDifference``, where ``s²`` is the mean squared distance of an example's gradient from their mean. So many
+    forward differences on a small batch cost half as much as central ones, and ``b`` below ``s² / ‖∇f‖²`` (hundreds,
+    on MNIST) gains no more.
 
     Args:
         directions: the distribution of ``u``.
         stencil: the finite difference, and its ``mu``.
         evaluation: how the losses are obtained.
-        samples: ``q`` ≥ 1, the directions averaged in one step; ``Central`` asks 2q forward passes, ``Forward`` q + 1.
+        samples: ``q`` ≥ 1, the directions averaged in one step; ``CentralDifference`` asks 2q forward passes,
+            ``ForwardDifference`` q + 1.
         seed: of the directions and of dropout masks; None takes the one given to ``torch.manual_seed`` or
             ``seed_everything``.
 
@@ -39,7 +41,7 @@ class ZerothOrder(GradientEstimator):
     """
 
     directions: Directions = field(default_factory=Sphere)
-    stencil: Stencil = field(default_factory=Central)
+    stencil: Stencil = field(default_factory=CentralDifference)
     evaluation: Evaluation = field(default_factory=InPlace)
     samples: int = 1
     seed: int | None = None
