@@ -6,21 +6,21 @@ from zo_lightning.directions import Coordinate, Gaussian, LowRank, Rademacher, S
 
 def test_sphere_has_norm_root_d() -> None:
     params = [torch.zeros(30, 10), torch.zeros(7)]
-    u = torch.cat([t.flatten() for t in Sphere().sample(params, 0, 0, 0)])
+    u = torch.cat([t.flatten() for t in Sphere().draw(params, 0, 0, 0).tensors()])
     assert u.norm().item() == pytest.approx(307**0.5, rel=1e-6)
 
 
 def test_rademacher_has_two_values_and_coordinate_one_place() -> None:
     params = [torch.zeros(30, 10), torch.zeros(7)]
-    signs = torch.cat([t.flatten() for t in Rademacher().sample(params, 0, 0, 0)])
+    signs = torch.cat([t.flatten() for t in Rademacher().draw(params, 0, 0, 0).tensors()])
     assert set(signs.tolist()) == {-1.0, 1.0}
-    place = torch.cat([t.flatten() for t in Coordinate().sample(params, 0, 0, 0)])
+    place = torch.cat([t.flatten() for t in Coordinate().draw(params, 0, 0, 0).tensors()])
     assert place.count_nonzero() == 1
     assert place.max().item() == pytest.approx(307**0.5)
 
 
 def test_low_rank_has_its_rank() -> None:
-    (matrix,) = LowRank(rank=2).sample([torch.zeros(8, 3, 3, 3)], 0, 0, 0)
+    (matrix,) = LowRank(rank=2).draw([torch.zeros(8, 3, 3, 3)], 0, 0, 0).tensors()
     assert torch.linalg.matrix_rank(matrix.view(8, -1)).item() == 2
 
 
@@ -28,7 +28,9 @@ def test_low_rank_has_its_rank() -> None:
 @pytest.mark.parametrize("u", [Gaussian(), Sphere(), Rademacher(), Coordinate(), LowRank()])
 def test_dtype_and_shape_follow_the_weights(u: Gaussian, dtype: torch.dtype) -> None:
     for p, t in zip(
-        params := [torch.zeros(3, 2, dtype=dtype), torch.zeros((), dtype=dtype)], u.sample(params, 0, 0, 0), strict=True
+        params := [torch.zeros(3, 2, dtype=dtype), torch.zeros((), dtype=dtype)],
+        u.draw(params, 0, 0, 0).tensors(),
+        strict=True,
     ):
         assert (t.dtype, t.shape) == (dtype, p.shape)
 
@@ -38,9 +40,9 @@ def test_dtype_and_shape_follow_the_weights(u: Gaussian, dtype: torch.dtype) -> 
 def test_given_memory_takes_the_same_numbers(u: Gaussian, dtype: torch.dtype) -> None:
     params = [torch.zeros(3, 2, dtype=dtype), torch.zeros((), dtype=dtype)]
     out = [torch.full_like(p, torch.nan) for p in params]
-    drawn = u.sample(params, 0, 0, 0, out=out)
+    drawn = u.draw(params, 0, 0, 0).tensors(out)
     assert all(a is b for a, b in zip(drawn, out, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(drawn, u.sample(params, 0, 0, 0), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(drawn, u.draw(params, 0, 0, 0).tensors(), strict=True))
 
 
 def test_long_tensors_do_not_depend_on_the_number_of_threads() -> None:
@@ -49,7 +51,7 @@ def test_long_tensors_do_not_depend_on_the_number_of_threads() -> None:
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            drawn.append(Gaussian().sample(params, 0, 0, 0)[0])
+            drawn.append(Gaussian().draw(params, 0, 0, 0).tensors()[0])
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(drawn[0], drawn[1])

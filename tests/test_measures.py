@@ -21,7 +21,6 @@ from zo_lightning import (
 )
 from zo_lightning.measures import (
     cosine,
-    expected_cosine,
     gradient_spread,
     l2_distance,
     loss_noise,
@@ -183,7 +182,7 @@ def test_expected_cosine_of_isotropic_directions(u: Directions, q: int) -> None:
     params = [torch.zeros(10), torch.zeros(30)]
     estimates = []
     for step in range(n):
-        directions = torch.stack([torch.cat(u.sample(params, 0, step, index)) for index in range(q)])
+        directions = torch.stack([torch.cat(u.draw(params, 0, step, index).tensors()) for index in range(q)])
         estimates.append((directions @ g) @ directions / q)
     estimate = torch.stack(estimates)
     estimator = ZerothOrder(u, samples=q)
@@ -193,13 +192,13 @@ def test_expected_cosine_of_isotropic_directions(u: Directions, q: int) -> None:
     for part, d_part in layers[:1] if isinstance(u, Coordinate) else layers:
         share = float(g[part].square().sum() / g.square().sum())
         measured = g[part].norm() / estimate[:, part].square().sum(1).mean().sqrt()
-        assert expected_cosine(estimator, d_part, share) == pytest.approx(float(measured), rel=0.05)
-    assert expected_cosine(estimator, 10**6) == pytest.approx(math.sqrt(q / 1e6), rel=1e-4)
-    assert expected_cosine(ForwardGradient(u, samples=q), d) == expected_cosine(estimator, d)
+        assert estimator.expected_cosine(d_part, share) == pytest.approx(float(measured), rel=0.05)
+    assert estimator.expected_cosine(10**6) == pytest.approx(math.sqrt(q / 1e6), rel=1e-4)
+    assert ForwardGradient(u, samples=q).expected_cosine(d) == estimator.expected_cosine(d)
 
 
 def test_expected_cosine_of_backpropagation() -> None:
-    assert expected_cosine(Backprop(), 100) == 1
+    assert Backprop().expected_cosine(100) == 1
 
 
 def test_expected_cosine_with_a_direction_for_every_example() -> None:
@@ -211,18 +210,19 @@ def test_expected_cosine_with_a_direction_for_every_example() -> None:
 
     estimator = ExampleDirections(CentralDifference(1e-2), samples=2, feedback=0, balance=False, seed=0)
     gradient = true_gradient(losses, net)
-    n, cosines = 200, []
+    n, cosines, state = 200, [], estimator.init(net)
     for step in range(n):
-        estimator.backward(losses, net, step)
+        net.zero_grad()
+        estimator.backward(losses, net, step, state)
         cosines.append(cosine(gradient, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}))
     spread = sum(gradient_spread(losses, net, seed) for seed in range(50)) / 50
-    expected = expected_cosine(estimator, 63, examples=16, spread=spread)
+    expected = estimator.expected_cosine(63, examples=16, spread=spread)
     # The mean of n cosines with standard deviation of at most 0.15 each, and of 50 spreads: within a tenth.
     assert sum(c["all"] for c in cosines) / n == pytest.approx(expected, rel=0.1)
 
 
 def test_expected_cosine_where_most_of_the_gradient_is_known() -> None:
-    expected = [expected_cosine(ExampleDirections(), 1000, share, examples=10) for share in (1.0, 0.1, 0.0)]
+    expected = [ExampleDirections().expected_cosine(1000, share, examples=10) for share in (1.0, 0.1, 0.0)]
     assert expected == [pytest.approx(1 / math.sqrt(1 + 99.9)), pytest.approx(1 / math.sqrt(1 + 9.99)), 1.0]
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         PerExample,
         ZerothOrder,
     )
-    from zo_lightning.evaluation import Evaluation, InPlace
+    from zo_lightning.evaluation import Evaluation, OneByOne
     from zo_lightning.modules import AutomaticClassifier, Classifier, EstimatedGradient, TrainingDiverged
     from zo_lightning.nets import ScalableCNN, SmallCNN
     from zo_lightning.objective import NonFiniteLoss, Objective
@@ -35,7 +35,7 @@ _HOMES = {
         "PerExample",
         "ZerothOrder",
     ),
-    "evaluation": ("Evaluation", "InPlace"),
+    "evaluation": ("Evaluation", "OneByOne"),
     "modules": ("AutomaticClassifier", "Classifier", "EstimatedGradient", "TrainingDiverged"),
     "nets": ("ScalableCNN", "SmallCNN"),
     "objective": ("NonFiniteLoss", "Objective"),
@@ -60,11 +60,11 @@ __all__ = [
     "ForwardGradient",
     "Gaussian",
     "GradientEstimator",
-    "InPlace",
     "LowRank",
     "NonFiniteLoss",
     "NormalizedSGD",
     "Objective",
+    "OneByOne",
     "PerExample",
     "Rademacher",
     "ScalableCNN",

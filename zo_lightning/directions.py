@@ -1,4 +1,4 @@
-"""Random directions ``u`` in weight space, drawn by counter so that any of them can be drawn again.
+"""Random directions ``u`` in weight space, drawn by counter so that any tensor of any of them can be drawn again.
 
 Every distribution here obeys ``E[u uᵀ] = I`` (so ``E‖u‖² = d``): an estimator is ``ĝ = (1/q) Σᵢ cᵢ uᵢ`` whatever the
 distribution, and no formula outside this file mentions the dimension ``d``.
@@ -6,9 +6,10 @@ distribution, and no formula outside this file mentions the dimension ``d``.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -46,51 +47,40 @@ class Directions(ABC):
         ValueError: ``draw_on`` is neither.
     """
 
+    _: KW_ONLY
     draw_on: Literal["cpu", "device"] = "cpu"
 
     def __post_init__(self) -> None:
         if self.draw_on not in ("cpu", "device"):
             raise ValueError(f"draw_on must be 'cpu' or 'device', got {self.draw_on!r}")
 
-    def stream(self, params: Sequence[Tensor], seed: int, step: int, index: int) -> Iterator[Tensor]:
-        """Yield one direction a tensor at a time, in the order of ``params``, so that only one need be in memory.
+    def draw(
+        self, weights: Sequence[Tensor], seed: int, step: int, index: int, still: Mapping[int, int] | None = None
+    ) -> "Direction":
+        """One direction, whose tensors are drawn when they are asked for.
 
         Args:
-            params: the tensors to perturb: shapes, dtypes and devices are theirs, values are not read.
+            weights: the tensors to perturb: shapes, strides, dtypes and devices are theirs, values are not read.
             seed: of the run.
             step: of the training, so that directions differ from step to step.
             index: of the direction among the ``samples`` of one step.
+            still: by position of a weight, a row of it that no direction moves: an embedding's padding.
         """
-        places = (torch.empty_like(p, memory_format=torch.contiguous_format) for p in params)
-        return self._draw(places, _dimension(params), seed, step, index)
-
-    def sample(
-        self, params: Sequence[Tensor], seed: int, step: int, index: int, out: Sequence[Tensor] | None = None
-    ) -> list[Tensor]:
-        """Draw all tensors of one direction at once: the same numbers as ``stream``, bit for bit.
-
-        Args:
-            params: as for ``stream``, like ``seed``, ``step`` and ``index``.
-            seed: of the run.
-            step: of the training.
-            index: of the direction.
-            out: contiguous tensors like ``params`` to write into and to return, in place of new ones.
-        """
-        return list(
-            self.stream(params, seed, step, index)
-            if out is None
-            else self._draw(out, _dimension(params), seed, step, index)
-        )
+        return Direction(self, weights, (seed, step, index), still or {})
 
     @abstractmethod
-    def _draw(self, places: Iterable[Tensor], d: int, seed: int, step: int, index: int) -> Iterator[Tensor]:
-        """Write one direction of ``d`` numbers into the tensors of ``places``, and yield each as soon as it is done."""
+    def _fill(self, place: Tensor, direction: "Direction", position: int) -> None:
+        """Write the numbers of one tensor, up to the direction's scale, into a contiguous real one of its shape."""
+
+    def _scale(self, d: int, norm: Callable[[], float]) -> float | None:
+        """What the ``d`` numbers of all tensors are multiplied by, or None; ``norm`` computes their norm."""
+        return None
 
     def _generator(self, device: torch.device, *key: int) -> torch.Generator:
         # torch's CPU generator keeps 32 bits of its seed: two of many streams may coincide, at unrelated steps only.
         return torch.Generator("cpu" if self.draw_on == "cpu" else device).manual_seed(mix(*key))
 
-    def _normal(self, place: Tensor, *key: int) -> Tensor:
+    def _normal(self, place: Tensor, *key: int) -> None:
         """Fill a tensor with standard normal numbers, drawn in float32 whatever its dtype."""
         device = torch.device("cpu") if self.draw_on == "cpu" else place.device
         direct = place.device == device and place.dtype == torch.float32
@@ -104,20 +94,94 @@ class Directions(ABC):
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
                 draw = enumerate(pieces)
                 list(pool.map(lambda one: one[1].normal_(generator=self._generator(device, *key, one[0])), draw))
-        return place if direct else place.copy_(numbers)
+        if not direct:
+            place.copy_(numbers)
 
 
-def _dimension(params: Sequence[Tensor]) -> int:
-    return sum(p.numel() for p in params)
+class Direction:
+    """One direction ``u``: a tensor for each weight, drawn as often as it is asked for, each time the same.
+
+    A tensor has the shape, strides, dtype and device of its weight, and is the caller's to change. Complex weights get
+    independent numbers in both parts: their dimension counts twice.
+
+    Args:
+        distribution: what it is drawn from.
+        weights: as for ``Directions.draw``.
+        key: seed, step and index.
+        still: as for ``Directions.draw``.
+
+    Attributes:
+        held: the tensors, once ``hold`` has drawn them.
+    """
+
+    def __init__(
+        self, distribution: Directions, weights: Sequence[Tensor], key: tuple[int, ...], still: Mapping[int, int]
+    ) -> None:
+        self.distribution, self.weights, self.key, self.still = distribution, weights, key, still
+        self.held: list[Tensor] | None = None
+
+    @cached_property
+    def d(self) -> int:
+        """The numbers in all tensors that are not still."""
+        real = sum(w.numel() * (2 if w.is_complex() else 1) for w in self.weights)
+        return real - sum(self.weights[position][0].numel() for position in self.still)
+
+    @cached_property
+    def _scale(self) -> float | None:
+        """What the drawn numbers are multiplied by, where they are drawn one tensor at a time."""
+        return self.distribution._scale(self.d, lambda: _norm([self._raw(k)] for k in range(len(self.weights))))
+
+    def __getitem__(self, position: int) -> Tensor:
+        """Draw the tensor of one weight; where a scale depends on all numbers, the first call draws all for that."""
+        place = self._raw(position)
+        return place if self._scale is None else place.mul_(self._scale)
+
+    def tensors(self, out: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Draw all tensors at once, each number once: the same as one by one, bit for bit.
+
+        Args:
+            out: tensors like the weights to write into and to return, in place of new ones.
+        """
+        places = [self._raw(k, None if out is None else out[k]) for k in range(len(self.weights))]
+        if "_scale" not in vars(self):
+            self._scale = self.distribution._scale(self.d, lambda: _norm([places]))
+        if self._scale is not None:
+            torch._foreach_mul_(places, self._scale)
+        return places
+
+    def hold(self, out: Sequence[Tensor] | None = None) -> "Direction":
+        """Draw all tensors now and keep them in ``held``, for a direction that is used several times."""
+        self.held = self.tensors(out)
+        return self
+
+    def _raw(self, position: int, out: Tensor | None = None) -> Tensor:
+        place = torch.empty_like(self.weights[position]) if out is None else out
+        real = torch.view_as_real(place) if place.is_complex() else place
+        if real.is_contiguous():
+            self.distribution._fill(real, self, position)
+        else:
+            numbers = torch.empty_like(real, memory_format=torch.contiguous_format)
+            self.distribution._fill(numbers, self, position)
+            real.copy_(numbers)
+        if position in self.still:
+            place[self.still[position]] = 0
+        return place
+
+
+def _norm(parts: Iterable[list[Tensor]]) -> float:
+    """The norm of all tensors together, in float32 at least; parts are let go of one after the other."""
+    norms = []
+    for part in parts:
+        norms += torch._foreach_norm([t if t.dtype.itemsize > 2 else t.float() for t in part])
+    return float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms])))
 
 
 @dataclass(frozen=True)
 class Gaussian(Directions):
     """Standard normal directions, ``u ~ N(0, I)`` (Nesterov & Spokoiny, *Random gradient-free minimization*, 2017)."""
 
-    def _draw(self, places: Iterable[Tensor], d: int, seed: int, step: int, index: int) -> Iterator[Tensor]:
-        for position, place in enumerate(places):
-            yield self._normal(place, seed, step, index, position)
+    def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
+        self._normal(place, *direction.key, position)
 
 
 @dataclass(frozen=True)
@@ -128,55 +192,33 @@ class Sphere(Gaussian):
     ours with ``u = √d v`` and ``μ′ = √d μ``: here ``mu`` is the typical displacement of one weight, at every size.
     """
 
-    def stream(self, params: Sequence[Tensor], seed: int, step: int, index: int) -> Iterator[Tensor]:
-        """Draw twice, for the norm and for the values: the price of holding one tensor at a time."""
-        scale = self._scale(params, [_norm([z]) for z in super().stream(params, seed, step, index)])
-        for z in super().stream(params, seed, step, index):
-            yield z.mul_(scale)
-
-    def sample(
-        self, params: Sequence[Tensor], seed: int, step: int, index: int, out: Sequence[Tensor] | None = None
-    ) -> list[Tensor]:
-        """Draw once and normalise in place."""
-        z = list(super().stream(params, seed, step, index) if out is None else super()._draw(out, 0, seed, step, index))
-        torch._foreach_mul_(z, self._scale(params, [_norm(z)]))
-        return z
-
-    @staticmethod
-    def _scale(params: Sequence[Tensor], norms: list[Tensor]) -> float:
-        return math.sqrt(_dimension(params)) / float(torch.linalg.vector_norm(torch.cat(norms)))
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of each tensor, in float32."""
-    return torch.stack(list(torch._foreach_norm([t.float() for t in tensors]))).cpu()
+    def _scale(self, d: int, norm: Callable[[], float]) -> float:
+        return math.sqrt(d) / norm()
 
 
 @dataclass(frozen=True)
 class Rademacher(Directions):
     """Random signs, ``uⱼ = ±1`` with equal probability (SPSA, Spall 1992): four times cheaper to draw than normals."""
 
-    def _draw(self, places: Iterable[Tensor], d: int, seed: int, step: int, index: int) -> Iterator[Tensor]:
-        for position, place in enumerate(places):
-            generator = self._generator(place.device, seed, step, index, position)
-            words = torch.empty(place.numel() // 64 + 1, dtype=torch.int64, device=generator.device)
-            words.random_(-(1 << 63), None, generator=generator)
-            bits = np.unpackbits(words.cpu().numpy().view(np.uint8), count=place.numel())
-            yield place.copy_(torch.from_numpy(bits).view(place.shape)).mul_(2).sub_(1)
+    def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
+        generator = self._generator(place.device, *direction.key, position)
+        words = torch.empty(place.numel() // 64 + 1, dtype=torch.int64, device=generator.device)
+        words.random_(-(1 << 63), None, generator=generator)
+        bits = np.unpackbits(words.cpu().numpy().view(np.uint8), count=place.numel())
+        place.copy_(torch.from_numpy(bits).view(place.shape)).mul_(2).sub_(1)
 
 
 @dataclass(frozen=True)
 class Coordinate(Directions):
     """One weight at a time: ``u = √d eⱼ`` with ``j`` uniform over all weights (Lian et al. 2016)."""
 
-    def _draw(self, places: Iterable[Tensor], d: int, seed: int, step: int, index: int) -> Iterator[Tensor]:
-        j = int(torch.randint(d, (), generator=torch.Generator().manual_seed(mix(seed, step, index))))
-        for place in places:
-            place.zero_()
-            if 0 <= j < place.numel():
-                place.view(-1)[j] = math.sqrt(d)
-            j -= place.numel()
-            yield place
+    def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
+        sizes = [w.numel() * (2 if w.is_complex() else 1) for w in direction.weights]
+        generator = torch.Generator().manual_seed(mix(*direction.key))
+        j = int(torch.randint(sum(sizes), (), generator=generator)) - sum(sizes[:position])
+        place.zero_()
+        if 0 <= j < place.numel():
+            place.view(-1)[j] = math.sqrt(sum(sizes))
 
 
 @dataclass(frozen=True)
@@ -200,12 +242,12 @@ class LowRank(Directions):
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
 
-    def _draw(self, places: Iterable[Tensor], d: int, seed: int, step: int, index: int) -> Iterator[Tensor]:
-        for position, place in enumerate(places):
-            key = (seed, step, index, position)
-            if place.ndim < 2:
-                yield self._normal(place, *key)
-                continue
-            m, n = place.shape[0], place[0].numel()
-            factors = self._normal(torch.empty(m + n, self.rank, device=place.device), *key)
-            yield place.copy_((factors[:m] @ factors[m:].T).div_(math.sqrt(self.rank)).view(place.shape))
+    def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
+        key = (*direction.key, position)
+        if place.ndim < 2:
+            self._normal(place, *key)
+            return
+        m, n = place.shape[0], place[0].numel()
+        factors = torch.empty(m + n, self.rank, device=place.device)
+        self._normal(factors, *key)
+        place.copy_((factors[:m] @ factors[m:].T).div_(math.sqrt(self.rank)).view(place.shape))

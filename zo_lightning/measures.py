@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from zo_lightning.directions import Gaussian
-from zo_lightning.estimators import Backprop, GradientEstimator, PerExample
-from zo_lightning.estimators.base import trainable
 from zo_lightning.objective import Objective
+from zo_lightning.perturbed.weights import DisplacedWeights, Weights
 
 WHOLE = "all"
 """The key of what is measured over all tensors together."""
@@ -120,7 +119,7 @@ def gradient_spread(losses: Callable[[], Tensor], module: nn.Module, seed: int =
         ValueError: the losses have no gradient.
         NonFiniteLoss: one is NaN or infinite.
     """
-    weights = trainable(module)
+    weights = Weights.of(module).params
     with _differentiable(losses, module, seed) as objective:
         each = _attached(objective.per_example())
         signs = torch.randint(2, (len(each),), generator=torch.Generator().manual_seed(seed)).mul(2).sub(1).to(each)
@@ -130,34 +129,6 @@ def gradient_spread(losses: Callable[[], Tensor], module: nn.Module, seed: int =
         ]
     signed, mean = (sum(float(g.double().square().sum()) for g in side if g is not None) for side in sides)
     return max(1.0, _ratio(len(each) * signed, mean))
-
-
-def expected_cosine(
-    estimator: GradientEstimator, d: int | float, share: float = 1.0, examples: int = 1, spread: float = 1.0
-) -> float:
-    """The cosine between an estimate and the gradient that theory predicts: ``‖g‖ / √E‖ĝ‖²``, as ``E ĝ = g``.
-
-    For isotropic directions, ``ĝ = (1/q) Σᵢ <g, uᵢ> uᵢ`` with ``E[u uᵀ] = I``, this is ``√(q / (d + q − 1))``: close to
-    ``√(q/d)`` for q ≪ d, and exactly the root mean square of the cosine for q = 1 and ``‖u‖² = d``. One layer of
-    ``d_l`` weights also gets the noise of all others: with its share ``s = ‖g_l‖² / ‖g‖²`` it is
-    ``√s / √(d_l/q + s(1 − 1/q))`` (not for ``Coordinate``, whose layers never meet). With a direction for every
-    example it is ``1 / √(1 + s (d − 1) R / (q B))``, where ``d`` counts the perturbed dimensions of one example, ``s``
-    is the share of the layers that are perturbed, and ``R`` is ``gradient_spread``; what feedback adds comes on top.
-    Backpropagation: 1.
-
-    Args:
-        estimator: whose ``samples`` are ``q``.
-        d: dimensions that are perturbed.
-        share: ``s`` in [0, 1].
-        examples: ``B``.
-        spread: ``R`` ≥ 1.
-    """
-    if isinstance(estimator, Backprop):
-        return 1.0
-    q = getattr(estimator, "samples", 1)
-    if isinstance(estimator, PerExample):
-        return 1 / math.sqrt(1 + share * (d - 1) * spread / (q * examples))
-    return math.sqrt(share / (d / q + share * (1 - 1 / q)))
 
 
 def loss_noise(loss: Callable[[], Tensor] | Objective, module: nn.Module, width: float, seed: int = 0) -> float:
@@ -174,22 +145,15 @@ def loss_noise(loss: Callable[[], Tensor] | Objective, module: nn.Module, width:
         seed: of the direction ``u``.
     """
     objective = _afresh(loss, module, seed)
-    params: list[Tensor] = [*trainable(module)]
-    saved = [p.detach().clone() for p in params]
-    u = Gaussian().sample(params, seed, 0, 0)
+    weights = Weights.of(module)
+    u = Gaussian().draw(weights, seed, 0, 0, weights.still).tensors()
     values = []
-    try:
-        for k in range(7):
-            with torch.no_grad():
-                torch._foreach_copy_(params, saved)
-                torch._foreach_add_(params, u, alpha=k * width)
-            with objective.probe(cost=0):
-                values.append(objective.loss().detach().reshape(-1))
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(params, saved)
+    for k in range(7):
+        moved = [torch.add(p.detach(), t, alpha=k * width) for p, t in zip(weights, u, strict=True)]
+        with objective.probe(cost=0), DisplacedWeights(weights, moved.__getitem__, weights.opaque):
+            values.append(objective.loss().detach().reshape(-1))
     losses = torch.stack(values)
-    precision = max(torch.finfo(t.dtype).eps for t in (losses, *params))
+    precision = max(torch.finfo(t.dtype).eps for t in (losses, *weights))
     rounding = precision * float(losses.double().square().mean().sqrt()) / math.sqrt(12)
     return max(rounding, math.sqrt(float(losses.double().diff(n=3, dim=0).square().mean()) / 20))
 

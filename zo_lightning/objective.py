@@ -1,10 +1,12 @@
 """The loss as a function that is safe to ask again: the same weights give the same value, and no trace is left."""
 
 import math
+import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +22,11 @@ class NonFiniteLoss(ArithmeticError):
 class Objective:
     """A loss closure over a module's weights that can be asked many times in one training step.
 
-    Each call (a *probe*) sees the same dropout masks, since the global random state is set from ``seed`` for its
-    duration; it leaves that state and the module's buffers (BatchNorm's statistics) bit-identical to before. TF32 is
-    off and autocast's cache of weight casts is empty, since either drowns a finite difference of small ``mu``.
+    Each call (a *probe*) sees the same random numbers, since the global generators of PyTorch, NumPy and Python are set
+    from ``seed`` for its duration: the same dropout masks, the same augmentation. A ``torch.Generator`` or NumPy
+    ``Generator`` of the loss's own cannot be known here: seed it in the closure. Afterwards the global generators and
+    the module's buffers (BatchNorm's statistics) are bit-identical to before. TF32 is off and autocast's cache of
+    weight casts is empty, since either drowns a finite difference of small ``mu``.
 
     Args:
         loss: returns the loss at the module's present weights, or the loss of each example, [B], whose mean it is.
@@ -43,25 +47,32 @@ class Objective:
         self._cost = 0
         self._buffers = _Buffers(module)
         self._after_first: _Buffers | None = None
+        self._frozen: dict[int, Tensor] | None = None  # by the address of their memory
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}  # frozen weights that the loss has changed, as they were
+        self._moved: list[tuple[Tensor, Tensor]] = []  # as the first probe left them
+        self._guarded = False
         devices = {p.device for p in module.parameters()} | {torch.device("cpu")}
         self._generators = [_default_generator(device) for device in devices if device.type in ("cpu", "cuda")]
 
     @classmethod
-    def of(cls, loss: "Callable[[], Tensor] | Objective", module: nn.Module, seed: int) -> "Objective":
+    def of(cls, loss: "Callable[[], Tensor] | Objective", module: nn.Module) -> "Objective":
         """Make an objective of a plain closure; one that is an objective already is kept, with its own guards."""
-        if isinstance(loss, Objective):
-            loss.seed, loss.seen = seed, []
-            return loss
-        return cls(loss, module, seed)
+        return loss if isinstance(loss, Objective) else cls(loss, module)
 
-    def __call__(self) -> float:
-        """Ask for the loss once.
+    def begin(self, seed: int) -> None:
+        """Begin an estimate: all its probes draw their random numbers from ``seed``."""
+        self.seed, self.seen = seed, []
+
+    def __call__(self, within: AbstractContextManager[Any] | None = None) -> float:
+        """Ask for the loss once, in a context such as one that displaces the weights.
 
         Raises:
             NonFiniteLoss: the loss is NaN or infinite.
         """
         with self.probe():
-            return check_loss(self.loss())
+            with within or nullcontext():
+                loss = self.loss()
+            return check_loss(loss)
 
     def losses(self) -> Tensor:
         """Ask for the loss of each example, [B], within a ``probe``; their mean is the loss.
@@ -88,15 +99,45 @@ class Objective:
         return self.loss()
 
     @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Keep the global random state and full float32 for all probes of an estimate; nested it does nothing."""
+        if self._guarded:
+            yield
+            return
+        before = _RandomState(self._generators)
+        self._guarded = True
+        try:
+            with torch.no_grad(), _full_float32():
+                yield
+        finally:
+            self._guarded = False
+            before.restore()
+
+    @contextmanager
     def probe(self, cost: int = 1) -> Iterator[None]:
         """Guard one forward pass, for estimators that call ``loss`` themselves; it counts as ``cost``."""
         self._cost = cost
-        try:
-            with torch.no_grad(), _seeded(self._generators, self.seed), _full_float32():
+        with self.guard():
+            try:
+                _seed(self._generators, self.seed)
+                torch.clear_autocast_cache()
                 yield
-        finally:
-            self._after_probe()
-            self.forward_passes += cost
+            finally:
+                torch.clear_autocast_cache()
+                self._after_probe()
+                self.forward_passes += cost
+
+    @contextmanager
+    def differentiated(self) -> Iterator[None]:
+        """Guard the loss's one pass with a graph, whose side effects stay: only an error undoes them."""
+        before = _RandomState(self._generators)
+        try:
+            with torch.enable_grad():
+                yield
+        except BaseException:
+            self._buffers.restore()
+            before.restore()
+            raise
 
     def differentiable(self) -> Tensor:
         """Ask for the loss as PyTorch would, with its graph and its side effects: for estimators that use autograd.
@@ -113,21 +154,37 @@ class Objective:
         loss.backward()
 
     def commit(self) -> None:
-        """Give the buffers the values that the first probe computed, as if it had been the step's only forward pass."""
+        """Keep what the first probe did to buffers and frozen weights, as if it had been the step's only pass."""
         if self._after_first is not None:
             self._after_first.restore()
+        for p, value in self._moved:
+            p.copy_(value)
+
+    def before_write(self, tensor: Any) -> None:
+        """Note that the loss is about to write into a tensor: if that is a frozen weight, it is put back later."""
+        if not isinstance(tensor, Tensor):
+            return
+        if self._frozen is None:
+            self._frozen = {_address(p): p for p in self.module.parameters() if not p.requires_grad}
+        p = self._frozen.get(_address(tensor)) if self._frozen else None
+        if p is not None and id(p) not in self._written:
+            self._written[id(p)] = p, p.detach().clone()
 
     def _after_probe(self) -> None:
-        if self._buffers and self._after_first is None:
-            self._after_first = _Buffers(self.module)
+        first = self._after_first is None
+        if first:
+            self._after_first = _Buffers(self.module) if self._buffers else self._buffers
+            self._moved = [(p.data, p.detach().clone()) for p, _ in self._written.values()]
         self._buffers.restore()
+        for p, before in self._written.values():
+            p.data.copy_(before)
 
 
-def check_loss(loss: Tensor) -> float:
-    """The value of a loss: a tensor with one element, or the mean of one with a loss per example.
+def check_loss(loss: Any) -> float:
+    """The value of a loss: a number, a tensor with one element, or the mean of one with a loss per example.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these.
         NonFiniteLoss: it is NaN or infinite.
     """
     if not isinstance(loss, Tensor) or (loss.numel() != 1 and loss.ndim != 1) or loss.numel() == 0:
@@ -160,6 +217,34 @@ class _Buffers:
                 buffer.copy_(value)
 
 
+class _RandomState:
+    """The state of all global generators, to be put back later."""
+
+    def __init__(self, generators: list[torch.Generator]) -> None:
+        self._torch = [(generator, generator.get_state()) for generator in generators]
+        self._python, self._numpy = random.getstate(), np.random.get_state(legacy=False)
+
+    def restore(self) -> None:
+        for generator, state in self._torch:
+            generator.set_state(state)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+
+
+def _seed(generators: list[torch.Generator], seed: int) -> None:
+    for generator in generators:
+        generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, or of a transform: not the memory of a weight
+        return -1
+
+
 def _default_generator(device: torch.device) -> torch.Generator:
     if device.type == "cpu":
         return torch.default_generator
@@ -167,25 +252,11 @@ def _default_generator(device: torch.device) -> torch.Generator:
 
 
 @contextmanager
-def _seeded(generators: list[torch.Generator], seed: int) -> Iterator[None]:
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-
-@contextmanager
 def _full_float32() -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
-    torch.clear_autocast_cache()
     try:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-        torch.clear_autocast_cache()

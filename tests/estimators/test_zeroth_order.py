@@ -28,7 +28,7 @@ def test_equals_a_plain_reference() -> None:
 
     expected = [torch.zeros_like(p) for p in params]
     for index in range(3):
-        u = Sphere().sample(params, 11, 4, index)
+        u = Sphere().draw(params, 11, 4, index).tensors()
         ends = [f(*(p.detach() + sign * 1e-2 * t for p, t in zip(params, u, strict=True))) for sign in (1, -1)]
         for e, t in zip(expected, u, strict=True):
             e += (ends[0] - ends[1]) / (2 * 1e-2) * t / 3
@@ -46,6 +46,7 @@ def test_the_error_of_a_central_difference_is_quadratic_in_mu() -> None:
     x = torch.randn(7, 5, dtype=torch.float64)
 
     def slope(estimator: GradientEstimator) -> float:
+        net.zero_grad()
         estimator.backward(lambda: net(x).exp().mean(), net, 0)
         return float(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).norm())
 
@@ -65,6 +66,7 @@ def test_the_error_is_what_directions_and_examples_give(stencil: Stencil, sample
     x, y = torch.randn(40, 9).double(), torch.randn(40, 3).double() + 1
 
     def gradient(chosen: torch.Tensor, estimator: GradientEstimator, step: int = 0) -> torch.Tensor:
+        net.zero_grad()
         estimator.backward(lambda: (net(x[chosen]) - y[chosen]).square().mean(), net, step)
         return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
@@ -86,6 +88,7 @@ def test_the_seed_is_that_of_torch_unless_given() -> None:
     def gradient(estimator: GradientEstimator, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         torch.rand(3)  # numbers drawn in between do not matter
+        net.zero_grad()
         estimator.backward(lambda: net(torch.ones(1, 3)).sum(), net, 0)
         assert net.weight.grad is not None
         return net.weight.grad.clone()

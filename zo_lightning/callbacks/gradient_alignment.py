@@ -10,13 +10,11 @@ from torch.optim import Optimizer
 
 from zo_lightning.callbacks.reporting import log_scalars, say_once
 from zo_lightning.callbacks.weight_snapshots import check_at_least_1
-from zo_lightning.directions import Coordinate
-from zo_lightning.estimators import Backprop, GradientEstimator, PerExample
+from zo_lightning.estimators import Backprop, GradientEstimator
 from zo_lightning.measures import (
     WHOLE,
     Tensors,
     cosine,
-    expected_cosine,
     gradient_spread,
     loss_noise,
     norm,
@@ -81,9 +79,11 @@ class GradientAlignment(Callback):
             return
         began = time.perf_counter()
         estimate = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+        if not estimate:  # a skipped step
+            return
         objective = pl_module.estimated_objective if isinstance(pl_module, EstimatedGradient) else None
         estimator = pl_module.estimator if isinstance(pl_module, EstimatedGradient) else Backprop()
-        if objective is None or isinstance(estimator, Backprop):
+        if objective is None or estimator.is_exact:
             values = {f"{kind}/{name}": 1.0 for kind in _KINDS for name in (*estimate, WHOLE)}
         else:
             try:
@@ -105,13 +105,13 @@ def _measured(
     module: Any, objective: Objective, estimator: GradientEstimator, estimate: Tensors, gradient: Tensors
 ) -> dict[str, float]:
     gradient = {name: gradient[name] for name in estimate}
-    if isinstance(estimator, PerExample):
-        d, share = _perturbed(estimator, module, gradient)
-        expected = expected_cosine(estimator, d, share, len(objective.seen[-1]), _spread(objective, module))
+    if estimator.needs_example_losses:
+        d, share = _perturbed(module, gradient)
+        expected = estimator.expected_cosine(d, share, len(objective.seen[-1]), _spread(objective, module))
     else:
-        expected = expected_cosine(estimator, sum(g.numel() for g in gradient.values()))
+        expected = estimator.expected_cosine(sum(g.numel() for g in gradient.values()))
     values = {f"expected_cosine/{WHOLE}": expected, **_aligned(estimate, gradient, estimator)}
-    if hasattr(estimator, "stencil"):
+    if estimator.mu is not None:
         values |= _finite_difference(module, objective, estimator, norm(gradient)[WHOLE])
     return values
 
@@ -119,7 +119,7 @@ def _measured(
 def _finite_difference(module: Any, objective: Objective, estimator: Any, gradient_norm: float) -> dict[str, float]:
     """The ``mu`` below which rounding errors outweigh the slopes, and how far the present one is above it."""
     mu, stencil = module.mu, estimator.stencil
-    by_example = isinstance(estimator, PerExample)
+    by_example = estimator.needs_example_losses
     slope = _slope_by_example(objective, stencil, mu, estimator.samples) if by_example else gradient_norm
     loss = objective.per_example if by_example else objective.loss
     noise = loss_noise(loss, module, min(1e-5, mu / 100), objective.seed)
@@ -135,21 +135,22 @@ def _finite_difference(module: Any, objective: Objective, estimator: Any, gradie
 def _aligned(estimate: Tensors, gradient: Tensors, estimator: GradientEstimator) -> dict[str, float]:
     values = {f"cosine/{name}": value for name, value in cosine(estimate, gradient).items()}
     values |= {f"norm_ratio/{name}": value for name, value in norm_ratio(estimate, gradient).items()}
-    # The layers of these share noise in ways of their own.
-    if not isinstance(estimator, PerExample) and not isinstance(getattr(estimator, "directions", None), Coordinate):
+    if not estimator.needs_example_losses:  # whose layers share noise in ways of their own
         norms = norm(gradient)
         for name, g in gradient.items():
             share = (norms[name] / norms[WHOLE]) ** 2 if norms[WHOLE] else math.nan
-            values[f"expected_cosine/{name}"] = expected_cosine(estimator, g.numel(), share)
+            expected = estimator.expected_cosine(g.numel(), share)
+            if not math.isnan(expected):
+                values[f"expected_cosine/{name}"] = expected
     return values
 
 
-def _perturbed(estimator: GradientEstimator, module: LightningModule, gradient: Tensors) -> tuple[float, float]:
+def _perturbed(module: EstimatedGradient, gradient: Tensors) -> tuple[float, float]:
     """How many numbers a noise of one example has, and the share of ``‖g‖²`` in the layers that get noise.
 
     The one that makes the net's output gets none where its gradient is measured.
     """
-    known = estimator.state_dict(module)
+    known = module.estimator_state.state_dict()
     dimensions = sum(layer["dims"] for key, layer in known["layers"].items() if key != known["last"]) or 1.0
     squares = {name: value**2 for name, value in norm(gradient).items()}
     layer = (known["last"] or "").rpartition(".")[0]

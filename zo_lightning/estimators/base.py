@@ -1,58 +1,173 @@
 """What every gradient estimator is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from typing_extensions import Self
 
 from zo_lightning.objective import Objective
+from zo_lightning.perturbed.state import State
+
+Loss = Callable[[], Tensor]
+
+
+class Estimate(NamedTuple):
+    """An estimate of a gradient.
+
+    Attributes:
+        loss: at the present weights (central differences: the mean of the probes), detached, a scalar.
+        gradients: each trained weight with its estimate, like it in shape, strides, dtype and device. Lean ones are
+            computed as they are asked for, one at a time, from the weights' shapes alone: a weight may be changed as
+            soon as its estimate is there.
+    """
+
+    loss: Tensor
+    gradients: Iterable[tuple[nn.Parameter, Tensor]]
 
 
 class GradientEstimator(ABC):
     """Fills ``.grad`` of a module's weights, so that any ``torch.optim`` update rule can follow.
 
-    ``loss.backward()`` is one way of doing so, and the others replace it and nothing else.
+    ``loss.backward()`` is one way of doing so, and the others replace it and nothing else. An estimator is a
+    configuration, and never changes; what it learns about a module is in a ``State`` that ``init`` makes.
+
+    Attributes:
+        needs_example_losses: whether the loss must be that of each example, [B].
+        is_exact: whether the estimate is the gradient.
+        can_be_lean: whether it can compute one tensor of the estimate at a time, in the memory of one.
+        learns: whether a step depends on the state that earlier ones left: it must then be passed on.
     """
 
-    @abstractmethod
-    def backward(self, loss: Callable[[], Tensor] | Objective, module: nn.Module, step: int) -> Tensor:
-        """Overwrite ``.grad`` of every weight that requires one with an estimate of the gradient of ``loss``.
+    needs_example_losses: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = False
+    can_be_lean: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+
+    @property
+    def mu(self) -> float | None:
+        """The finite-difference step, or None where there is no finite difference."""
+        return None
+
+    def with_mu(self, mu: float) -> Self:
+        """The same estimator with another finite-difference step; where there is none, the same one."""
+        return self
+
+    def expected_cosine(self, d: float, share: float = 1.0, examples: int = 1, spread: float = 1.0) -> float:
+        """The cosine between an estimate and the gradient that theory predicts, ``‖g‖ / √E‖ĝ‖²``, as ``E ĝ = g``.
 
         Args:
-            loss: computes the scalar loss of the present batch at the module's present weights; it may be called
-                several times. An ``Objective`` is used as it is.
-            module: owns the weights; afterwards they are bit-identical to before, and without autograd its buffers too.
+            d: dimensions that are perturbed.
+            share: of ``‖g‖²``, that of the weights in question, in [0, 1].
+            examples: in the batch.
+            spread: how much larger the mean of ``‖gᵢ‖²`` is than ``‖g‖²``, ≥ 1.
+        """
+        return 1.0
+
+    def init(self, module: nn.Module) -> State:
+        """A state for a module about which nothing is known yet."""
+        return State()
+
+    @abstractmethod
+    def estimate(
+        self, objective: Objective, module: nn.Module, step: int, state: State, lean: bool = False
+    ) -> Estimate:
+        """Estimate the gradient of an objective at a module's present weights, and leave ``.grad`` alone.
+
+        Args:
+            objective: the loss of the present batch; it may be asked several times.
+            module: owns the weights; weights, and without autograd buffers too, are bit-identical afterwards.
             step: the number of this training step. Equal seeds and steps give equal directions, so that a resumed run
                 repeats the uninterrupted one.
+            state: of this module, from ``init``.
+            lean: keep no tensor for each weight: draw directions again where they are needed.
+
+        Raises:
+            NonFiniteLoss: a loss came out NaN or infinite.
+            ValueError: the module has no weight that requires a gradient, or the loss has a shape that does not suit.
+        """
+
+    def backward(self, loss: Loss | Objective, module: nn.Module, step: int, state: State | None = None) -> Tensor:
+        """Add an estimate of the gradient of ``loss`` to ``.grad`` of the trained weights, as ``loss.backward()`` does.
+
+        Args:
+            loss: computes the scalar loss of the present batch at the module's present weights, or the loss of each
+                example, [B]; it may be called several times. An ``Objective`` is used as it is.
+            module: owns the weights, and is as before when this returns or raises; so is ``.grad`` when it raises.
+            step: the number of this training step: each draws directions of its own.
+            state: of this module, from ``init``; None makes one for this step alone.
 
         Returns:
             The loss at the present weights (central differences: the mean of the probes), detached.
 
         Raises:
-            NonFiniteLoss: a loss came out NaN or infinite; ``.grad`` is then cleared.
-            ValueError: the module has no weight that requires a gradient, or the loss is not a scalar.
+            NonFiniteLoss: a loss came out NaN or infinite.
+            ValueError: the module has no weight that requires a gradient, the loss has a shape that does not suit, or
+                the estimator learns and ``state`` is None.
         """
+        estimate = self._estimate(loss, module, step, state, lean=False)
+        with torch.no_grad():
+            for p, gradient in estimate.gradients:
+                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        return estimate.loss
 
-    def state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """What the estimator has learned about a module, if it learns: saved with checkpoints, as plain containers."""
-        return {}
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        loss: Loss | Objective,
+        module: nn.Module,
+        step: int,
+        state: State | None = None,
+    ) -> Tensor:
+        """Estimate and step in one, a tensor at a time: training in the memory of inference.
 
-    def load_state_dict(self, module: nn.Module, state: dict[str, Any]) -> None:  # noqa: B027 (most learn nothing)
-        """Take up what ``state_dict`` gave, to continue a run exactly."""
+        Beside the weights and the optimizer's state there are one forward pass, and the noise of the largest tensor.
+        The weights are those of ``backward`` and ``optimizer.step()``, bit for bit. The optimizer is stepped once for
+        each weight, while the others have no ``.grad``: its update of a weight may depend on that weight alone, as with
+        SGD, Adam and most others, but not where it uses a norm of all gradients.
+
+        Args:
+            optimizer: of the module's weights.
+            loss: as for ``backward``, like ``module``, ``step``, ``state``, what is returned and what is raised.
+            module: owns the weights.
+            step: the number of this training step.
+            state: of this module.
+
+        Raises:
+            ValueError: also where a weight has a ``.grad`` already: there is nothing to add it to.
+        """
+        if held := [name for name, p in module.named_parameters() if p.grad is not None]:
+            raise ValueError(f"update needs weights without .grad, and {held[0]} has one: call optimizer.zero_grad()")
+        estimate = self._estimate(loss, module, step, state, lean=True)
+        step_by_tensor(optimizer, estimate)
+        return estimate.loss
+
+    def _estimate(
+        self, loss: Loss | Objective, module: nn.Module, step: int, state: State | None, lean: bool
+    ) -> Estimate:
+        if state is None and self.learns:
+            raise ValueError(
+                f"{type(self).__name__} learns from step to step: make state = estimator.init(module) once, and pass it"
+            )
+        objective = Objective.of(loss, module)
+        if any(map(is_lazy, module.parameters())):  # their shapes come with the first pass
+            with objective.probe():
+                objective.loss()
+        return self.estimate(objective, module, step, self.init(module) if state is None else state, lean)
 
 
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """The weights that require a gradient, each once: a tied weight is one weight.
-
-    Raises:
-        ValueError: there is none.
-    """
-    params = [p for p in module.parameters() if p.requires_grad]
-    if not params:
-        raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True: there is nothing to train")
-    return params
+def step_by_tensor(optimizer: torch.optim.Optimizer, estimate: Estimate) -> None:
+    """Let an optimizer update one weight after the other, each as soon as its estimate is there."""
+    with torch.no_grad():
+        for p, gradient in estimate.gradients:
+            p.grad = gradient
+            try:
+                optimizer.step()
+            finally:
+                p.grad = None
 
 
 def resolve_seed(seed: int | None) -> int:
@@ -64,26 +179,3 @@ def check_samples(samples: int) -> None:
     """Raise ValueError unless there is at least one direction per step."""
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-
-
-def estimate(
-    params: Sequence[nn.Parameter], probes: Iterable[tuple[float, float, Iterable[Tensor]]], samples: int
-) -> Tensor:
-    """Set ``.grad`` to ``(1/q) Σᵢ cᵢ uᵢ`` and return the mean loss, from ``q`` triples (loss, slope ``cᵢ``, ``uᵢ``).
-
-    The tensors of a direction are used up. When a probe raises, ``.grad`` is cleared.
-    """
-    total = 0.0
-    try:
-        for index, (loss, slope, direction) in enumerate(probes):
-            for p, u in zip(params, direction, strict=True):
-                if index == 0:
-                    p.grad = u.mul_(slope / samples)
-                elif p.grad is not None:
-                    p.grad.add_(u, alpha=slope / samples)
-            total += loss
-    except BaseException:
-        for p in params:
-            p.grad = None
-        raise
-    return torch.tensor(total / samples, device=params[0].device)

@@ -1,24 +1,27 @@
 """Exact slopes along random directions, by forward-mode automatic differentiation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zo_lightning.directions import Directions, Gaussian, mix
-from zo_lightning.estimators.base import GradientEstimator, check_samples, estimate, resolve_seed, trainable
+from zo_lightning.directions import Direction, Directions, Gaussian, mix
+from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed
+from zo_lightning.estimators.weight_space import average, draw, isotropic_cosine
 from zo_lightning.objective import Objective, check_loss
+from zo_lightning.perturbed.state import State
+from zo_lightning.perturbed.weights import DisplacedWeights, Recent, Weights
 
 
 @dataclass(frozen=True)
 class ForwardGradient(GradientEstimator):
     """Directional derivatives without finite differences, ``ĝ = (1/q) Σᵢ (∇f · uᵢ) uᵢ``; no ``mu``, no graph.
 
-    Each direction is one forward pass with dual numbers, counted as two, since it computes values and tangents; every
-    operation of the net must support forward-mode differentiation (Baydin et al., *Gradients without
-    backpropagation*, 2022).
+    Each direction is one forward pass in which every use of a weight sees a dual number, counted as two, since it
+    computes values and tangents (Baydin et al., *Gradients without backpropagation*, 2022). Every operation of the net
+    must support forward-mode differentiation; attention is computed by its plain formula, which does.
 
     Args:
         directions: the distribution of ``u``.
@@ -26,51 +29,55 @@ class ForwardGradient(GradientEstimator):
         seed: as in ``ZerothOrder``.
 
     Raises:
-        ValueError: ``samples`` < 1.
+        ValueError: ``samples`` < 1; in ``backward``, also where no tangent reaches the loss, as through TorchScript,
+            compiled code or NumPy.
     """
 
     directions: Directions = field(default_factory=Gaussian)
     samples: int = 1
     seed: int | None = None
 
+    can_be_lean = True
+
     def __post_init__(self) -> None:
         check_samples(self.samples)
 
-    @torch.no_grad()
-    def backward(self, loss: Callable[[], Tensor] | Objective, module: nn.Module, step: int) -> Tensor:
+    def expected_cosine(self, d: float, share: float = 1.0, examples: int = 1, spread: float = 1.0) -> float:
+        """``√s / √(d/q + s(1 − 1/q))`` with the share ``s``, as for ``ZerothOrder``."""
+        return isotropic_cosine(self.directions, d, share, self.samples)
+
+    def estimate(
+        self, objective: Objective, module: nn.Module, step: int, state: State, lean: bool = False
+    ) -> Estimate:
         """Push ``samples`` directions through the loss, and sum them up weighted by their slopes."""
         seed = resolve_seed(self.seed)
-        objective = Objective.of(loss, module, seed=mix(seed, step))
-        params = trainable(module)
-        pushed = _Pushed(objective, module)
+        objective.begin(mix(seed, step))
+        weights = Weights.of(module)
 
-        def probes() -> Iterator[tuple[float, float, list[Tensor]]]:
-            for index in range(self.samples):
-                u = self.directions.sample(params, seed, step, index)
-                yield *pushed.slope(dict(zip(map(id, params), u, strict=True))), u
+        def probes() -> Iterator[tuple[Direction, float, float]]:
+            for direction in draw(self.directions, weights, self.samples, seed, step, state, lean):
+                yield direction, *_pushed(objective, weights, direction)
 
-        return estimate(params, probes(), self.samples)
+        with objective.guard():
+            return average(weights, probes(), self.samples)
 
 
-class _Pushed(nn.Module):
-    """The loss as a module around the net, so that ``functional_call`` can put dual numbers in the weights' places."""
+def _pushed(objective: Objective, weights: Weights, direction: Direction) -> tuple[float, float]:
+    """The loss, and its derivative along a direction."""
 
-    def __init__(self, objective: Objective, net: nn.Module) -> None:
-        super().__init__()
-        self.objective = objective
-        self.net = net
+    def dual(position: int) -> Tensor:
+        u = direction[position] if direction.held is None else direction.held[position]
+        return forward_ad.make_dual(weights[position].detach(), u)
 
-    def forward(self) -> Tensor:
-        return self.objective.loss()
-
-    def slope(self, tangents: dict[int, Tensor]) -> tuple[float, float]:
-        """The loss and its derivative along ``tangents``, which are keyed by the ``id`` of their weight."""
-        with self.objective.probe(), forward_ad.dual_level():
-            duals = {
-                name: forward_ad.make_dual(p.detach(), tangents[id(p)])
-                for name, p in self.named_parameters()
-                if id(p) in tangents
-            }
-            value, tangent = forward_ad.unpack_dual(torch.func.functional_call(self, duals, ()))
-            slope = 0.0 if tangent is None else check_loss(tangent)
-            return check_loss(value), slope
+    watched = DisplacedWeights(weights, Recent(weights, dual), before_write=objective.before_write)
+    with objective.probe(cost=2), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        with watched:
+            loss = objective.loss()
+        value = check_loss(loss)
+        tangent = forward_ad.unpack_dual(loss).tangent
+        if tangent is None:
+            raise ValueError(
+                "no tangent reaches the loss: it does not depend on the weights, or something on the way (TorchScript, "
+                "compiled code, NumPy, .item()) drops it; ZerothOrder needs values alone"
+            )
+        return value, check_loss(tangent)

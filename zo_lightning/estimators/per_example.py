@@ -2,23 +2,25 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property, reduce
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from functools import reduce
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from zo_lightning.directions import Rademacher, mix
-from zo_lightning.estimators.base import GradientEstimator, check_samples, resolve_seed, trainable
+from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed
 from zo_lightning.feedback import Feedback, Shrinkage
 from zo_lightning.layers import Affine, Noise, Operation, count, noise_sizes, weigh
 from zo_lightning.objective import Objective
 from zo_lightning.output import module_calls, output_of_the_net, replaced_output, watched_output
 from zo_lightning.passes import Use, WatchedPass
+from zo_lightning.perturbed.state import State
+from zo_lightning.perturbed.weights import Weights
 from zo_lightning.stencils import CentralDifference, Stencil
 
 _log = logging.getLogger(__name__)
@@ -102,22 +104,41 @@ class PerExample(GradientEstimator):
             raise ValueError(f"correction must be 'auto' or in [0, 1], got {self.correction!r}")
         if self.correction == 0 and self.feedback == 0:
             raise ValueError("correction=0 with feedback=0 leaves no estimate: raise one of them")
-        _ = self._memories  # made now, so that a shallow copy with another mu shares it
 
-    @cached_property
-    def _memories(self) -> "_Memories":
-        return _Memories()
+    needs_example_losses = True
+    learns = True
+
+    @property
+    def mu(self) -> float:
+        """The stencil's."""
+        return self.stencil.mu
+
+    def with_mu(self, mu: float) -> Self:
+        """The same estimator with another ``mu``."""
+        return replace(self, stencil=replace(self.stencil, mu=mu))
+
+    def expected_cosine(self, d: float, share: float = 1.0, examples: int = 1, spread: float = 1.0) -> float:
+        """``1 / √(1 + s (d − 1) R / (q B))`` without feedback, whose gain comes on top.
+
+        ``d`` counts the perturbed dimensions of one example, ``s`` is the share of the layers that are perturbed, ``B``
+        the number of examples, and ``R`` their spread (``measures.gradient_spread``).
+        """
+        return 1 / math.sqrt(1 + share * (d - 1) * spread / (self.samples * examples))
+
+    def init(self, module: nn.Module) -> "_Memory":
+        """A memory of nothing."""
+        return _Memory()
 
     @torch.no_grad()
-    def backward(self, loss: Callable[[], Tensor] | Objective, module: nn.Module, step: int) -> Tensor:
+    def estimate(
+        self, objective: Objective, module: nn.Module, step: int, state: State, lean: bool = False
+    ) -> Estimate:
         """Displace every example along ``samples`` noises of its own, and put their slopes together."""
-        seed = resolve_seed(self.seed)
-        objective = Objective.of(loss, module, seed=mix(seed, step))
-        params = trainable(module)
-        memory = self._memories.of(module)
-        for p in params:
-            p.grad = None
-        try:
+        seed, memory = resolve_seed(self.seed), cast(_Memory, state)
+        objective.begin(mix(seed, step))
+        params = Weights.of(module).params
+        grads: dict[nn.Parameter, Tensor] = {}
+        with objective.guard():
             trained = sorted(name for name, p in module.named_parameters() if p.requires_grad)
             if memory.trained != trained:  # at first, and when weights were frozen or unfrozen
                 memory.trained, memory.layers, memory.shrinkage = [], {}, Shrinkage()
@@ -125,25 +146,11 @@ class PerExample(GradientEstimator):
                 memory.trained = trained  # not before: a look that failed is repeated
             total = torch.zeros((), device=params[0].device)
             for index in range(self.samples):
-                total += self._sample(objective, module, memory, mix(seed, step, index))
+                total += self._sample(objective, module, memory, mix(seed, step, index), grads)
             if self.balance:
                 memory.rebalance()
-        except BaseException:
-            for p in params:
-                p.grad = None
-            raise
-        for p in params:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        return total / self.samples
-
-    def state_dict(self, module: nn.Module) -> dict[str, Any]:
-        """What was learned about a module so far: needed to continue a run exactly."""
-        return self._memories.of(module).state_dict()
-
-    def load_state_dict(self, module: nn.Module, state: dict[str, Any]) -> None:
-        """Take up what ``state_dict`` gave."""
-        self._memories.of(module).load_state_dict(state)
+        like = [(p, grads[p] if p in grads else torch.zeros_like(p)) for p in params]
+        return Estimate(total / self.samples, [(p, torch.empty_like(p).copy_(g)) for p, g in like])
 
     def _look(self, objective: Objective, module: nn.Module, memory: "_Memory") -> None:
         """Run the net once, undisturbed, to see how it uses its weights and which module makes its output."""
@@ -184,7 +191,9 @@ class PerExample(GradientEstimator):
             chosen = "weights"
         return _Layer(chosen == "weights", in_weights if chosen == "weights" else in_activations)
 
-    def _sample(self, objective: Objective, module: nn.Module, memory: "_Memory", seed: int) -> Tensor:
+    def _sample(
+        self, objective: Objective, module: nn.Module, memory: "_Memory", seed: int, grads: dict[nn.Parameter, Tensor]
+    ) -> Tensor:
         """Add the estimate from one noise per example to ``.grad``, and learn from it; returns the loss."""
         noise = _Noise(seed, memory)
         shared = _SharedDirection(module, memory.shared, seed)
@@ -218,12 +227,12 @@ class PerExample(GradientEstimator):
             else:
                 slope -= layer.predict(memory.feedback, error)
         for layer in seen:
-            grads = self._gradients(layer, slope / len(slope), memory.shrinkage)
-            for p, grad in zip(layer.operation.weights, grads, strict=True):
+            found = self._gradients(layer, slope / len(slope), memory.shrinkage)
+            for p, grad in zip(layer.operation.weights, found, strict=True):
                 if not shared.has(p):
                     grad /= self.samples
-                    p.grad = grad if p.grad is None else p.grad.add_(grad)
-        shared.accumulate(float(slope.mean()) / self.samples)
+                    grads[p] = grads[p].add_(grad) if p in grads else grad
+        shared.accumulate(float(slope.mean()) / self.samples, grads)
         if error is not None:
             displaced = {one.key: one.delta for one in seen if one.delta is not None}
             memory.feedback.learn(displaced, self._difference(outputs), self.feedback)
@@ -314,10 +323,11 @@ class _Layer:
         self.scale = 1 / math.sqrt(power)
 
 
-class _Memory:
+class _Memory(State):
     """What an estimator knows of one module: how it uses its weights, and what was learned."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.trained: list[str] = []  # names of the weights that the look below was for
         self.layers: dict[str, _Layer] = {}
         self.used: set[str] = set()  # keys of all uses
@@ -357,19 +367,6 @@ class _Memory:
         self.shrinkage.load_state_dict(state["shrinkage"])
 
 
-class _Memories:
-    """One memory per module; a copy of an estimator starts without."""
-
-    def __init__(self) -> None:
-        self._kept: WeakKeyDictionary[nn.Module, _Memory] = WeakKeyDictionary()
-
-    def of(self, module: nn.Module) -> _Memory:
-        return self._kept.setdefault(module, _Memory())
-
-    def __reduce__(self) -> tuple[type["_Memories"], tuple[()]]:
-        return type(self), ()
-
-
 class _Noise:
     """The displacements of one sample, the same in each of its passes: a ``Displacement``.
 
@@ -405,7 +402,7 @@ class _Noise:
         return delta * layer.scale  # not in place: what bias noise made is one number seen many times
 
     def _signs(self, key: str, places: list[Tensor]) -> list[Tensor]:
-        return _SIGNS.sample(places, self.seed, self.positions[key], 0)
+        return _SIGNS.draw(places, self.seed, self.positions[key], 0).tensors()
 
 
 # To the gradient of the mean loss: by each example's output [B, ...], or by each weight where the noise is on weights.
@@ -498,7 +495,7 @@ class _SharedDirection:
         self.params = [p for name, p in module.named_parameters() if name in names]
         self._ids = {id(p) for p in self.params}
         self._saved = [p.detach().clone() for p in self.params]
-        self._u = _SIGNS.sample(self.params, seed, -1, 0)
+        self._u = _SIGNS.draw(self.params, seed, -1, 0).tensors()
 
     def has(self, p: nn.Parameter) -> bool:
         return id(p) in self._ids
@@ -507,10 +504,10 @@ class _SharedDirection:
         for p, saved, u in zip(self.params, self._saved, self._u, strict=True):
             torch.add(saved, u, alpha=offset * _SHARED_SCALE, out=p.data) if offset else p.data.copy_(saved)
 
-    def accumulate(self, slope: float) -> None:
+    def accumulate(self, slope: float, grads: dict[nn.Parameter, Tensor]) -> None:
         for p, u in zip(self.params, self._u, strict=True):
             grad = u * (slope / _SHARED_SCALE)
-            p.grad = grad if p.grad is None else p.grad.add_(grad)
+            grads[p] = grads[p].add_(grad) if p in grads else grad
 
 
 def _nothing(key: str, operation: Operation, output: Tensor) -> None:

@@ -1,16 +1,19 @@
 """Zeroth order: the gradient from loss values alone."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from typing_extensions import Self
 
-from zo_lightning.directions import Directions, Sphere, mix
-from zo_lightning.estimators.base import GradientEstimator, check_samples, estimate, resolve_seed, trainable
-from zo_lightning.evaluation import Evaluation, InPlace
+from zo_lightning.directions import Direction, Directions, Sphere, mix
+from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed
+from zo_lightning.estimators.weight_space import average, draw, isotropic_cosine
+from zo_lightning.evaluation import Evaluation, OneByOne
 from zo_lightning.objective import Objective
+from zo_lightning.perturbed.state import State
+from zo_lightning.perturbed.weights import Weights
 from zo_lightning.stencils import CentralDifference, Stencil
 
 
@@ -18,8 +21,9 @@ from zo_lightning.stencils import CentralDifference, Stencil
 class ZerothOrder(GradientEstimator):
     """Finite differences along random directions of all weights together, ``ĝ = (1/q) Σᵢ cᵢ uᵢ``.
 
-    ``cᵢ`` is the stencil's slope of the loss along ``uᵢ``. No autograd graph is built. With the sphere, ``q = 1`` and
-    the forward difference it is the estimator of ZO-AdaMM (Chen et al., *ZO-AdaMM*, NeurIPS 2019).
+    ``cᵢ`` is the stencil's slope of the loss along ``uᵢ``. No autograd graph is built, and no weight is written: a
+    forward pass sees ``x + μ u`` wherever it uses weights. With the sphere, ``q = 1`` and the forward difference it is
+    the estimator of ZO-AdaMM (Chen et al., *ZO-AdaMM*, NeurIPS 2019).
 
     What a batch of ``b`` examples should be: for ``q ≪ d`` the squared error of ``ĝ``, times the examples passed to
     get it, is about ``d (s² + b ‖∇f‖²) (q + 1) / q`` with ``ForwardDifference`` and ``2 d (s² + b ‖∇f‖²)`` with
@@ -42,26 +46,42 @@ class ZerothOrder(GradientEstimator):
 
     directions: Directions = field(default_factory=Sphere)
     stencil: Stencil = field(default_factory=CentralDifference)
-    evaluation: Evaluation = field(default_factory=InPlace)
+    evaluation: Evaluation = field(default_factory=OneByOne)
     samples: int = 1
     seed: int | None = None
+
+    can_be_lean = True
 
     def __post_init__(self) -> None:
         check_samples(self.samples)
 
-    @torch.no_grad()
-    def backward(self, loss: Callable[[], Tensor] | Objective, module: nn.Module, step: int) -> Tensor:
+    @property
+    def mu(self) -> float:
+        """The stencil's."""
+        return self.stencil.mu
+
+    def with_mu(self, mu: float) -> Self:
+        """The same estimator with another ``mu``."""
+        return replace(self, stencil=replace(self.stencil, mu=mu))
+
+    def expected_cosine(self, d: float, share: float = 1.0, examples: int = 1, spread: float = 1.0) -> float:
+        """``√s / √(d/q + s(1 − 1/q))`` with the share ``s``; examples and their spread do not enter."""
+        return isotropic_cosine(self.directions, d, share, self.samples)
+
+    def estimate(
+        self, objective: Objective, module: nn.Module, step: int, state: State, lean: bool = False
+    ) -> Estimate:
         """Probe the loss along ``samples`` directions and sum them up, each weighted by its slope."""
         seed = resolve_seed(self.seed)
-        objective = Objective.of(loss, module, seed=mix(seed, step))
-        params = trainable(module)
-        probes = self.evaluation.slopes(objective, params, self.directions, self.stencil, self.samples, seed, step)
-        centred = 0.0 in self.stencil.offsets
-        return estimate(
-            params,
-            (
-                (losses[self.stencil.offsets.index(0.0)] if centred else fmean(losses), self.stencil.slope(losses), u)
-                for losses, u in probes
-            ),
-            self.samples,
-        )
+        objective.begin(mix(seed, step))
+        weights = Weights.of(module)
+        directions = draw(self.directions, weights, self.samples, seed, step, state, lean)
+        offsets = self.stencil.offsets
+
+        def probes() -> Iterator[tuple[Direction, float, float]]:
+            for direction, losses in self.evaluation.probes(objective, weights, directions, self.stencil, state):
+                loss = losses[offsets.index(0.0)] if 0.0 in offsets else fmean(losses)
+                yield direction, loss, self.stencil.slope(losses)
+
+        with objective.guard():
+            return average(weights, probes(), self.samples)

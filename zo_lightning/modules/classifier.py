@@ -123,6 +123,7 @@ class Classifier(EstimatedGradient, AutomaticClassifier):
         lr_interval: ``"epoch"`` or ``"step"``: when the scheduler steps.
         mu_follows_lr: scale the estimator's ``mu`` with the learning rate, down to a thousandth.
         gradient_clip_val: largest norm of the gradient estimate, or None.
+        memory: ``"lean"`` trains in the memory of inference, ``"full"`` faster, ``"auto"`` chooses by size.
         num_classes: ≥ 2; the command line takes it from the data.
 
     Raises:
@@ -138,6 +139,7 @@ class Classifier(EstimatedGradient, AutomaticClassifier):
         lr_interval: Literal["epoch", "step"] = "epoch",
         mu_follows_lr: bool = False,
         gradient_clip_val: float | None = None,
+        memory: Literal["auto", "lean", "full"] = "auto",
         num_classes: int = 10,
     ) -> None:
         super().__init__(net, optimizer, lr_scheduler, lr_interval, num_classes)
@@ -146,3 +148,4 @@ class Classifier(EstimatedGradient, AutomaticClassifier):
             raise ValueError(f"gradient_clip_val must be positive or null, got {gradient_clip_val}")
         self.gradient_clip_val = gradient_clip_val
         self.mu_follows_lr = mu_follows_lr
+        self.memory = memory

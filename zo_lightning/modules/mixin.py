@@ -3,18 +3,21 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
-from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
+from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from zo_lightning.estimators import Backprop, GradientEstimator, ZerothOrder
+from zo_lightning.estimators.base import step_by_tensor
 from zo_lightning.objective import NonFiniteLoss, Objective
+from zo_lightning.optim import is_separable
+from zo_lightning.perturbed.state import State
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule as _Module
@@ -26,6 +29,10 @@ else:
 class _Monitor(NamedTuple):
     monitor: str
     strict: bool
+
+
+_LARGE = 2**24
+"""Weights from which on memory counts for more than the time to draw directions again."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -47,10 +54,17 @@ class EstimatedGradient(_Module):
     others leave no trace. Optimizer, LR schedulers (by step, epoch or plateau), ``global_step``, ``max_steps``,
     checkpoints and callbacks work as in automatic optimization, and with ``Backprop`` so do the weights, bit for bit.
 
-    A step whose loss is NaN or infinite is skipped: weights, optimizer and ``global_step`` stay as they are.
+    A step whose loss is NaN or infinite is skipped: weights and optimizer stay as they are, and the next step draws a
+    direction of its own. It counts in ``global_step``, as one that Lightning skips in 16-bit precision does.
 
     Attributes:
         estimator: fills ``.grad``.
+        estimator_state: what the estimator has learned about this module; saved with checkpoints.
+        memory: ``"lean"`` lets the optimizer step one weight after the other, each as soon as its estimate is there, so
+            that training takes the memory of inference; the weights are the same, bit for bit. ``"full"`` keeps the
+            whole of ``.grad``, which is faster: directions are drawn once, not at each use. ``"auto"`` is lean from
+            2²⁴ weights on, where nothing needs ``.grad`` as a whole (``gradient_clip_val``, ``NormalizedSGD``,
+            hooks before the optimizer's step) and the estimator has a lean form.
         gradient_clip_val: largest norm of the gradient estimate, or None; Lightning's own setting is for automatic
             optimization only.
         mu_follows_lr: scale the stencil's ``mu`` by the ratio of the learning rate to its start, down to a thousandth:
@@ -71,6 +85,7 @@ class EstimatedGradient(_Module):
     gradient_clip_val: float | None = None
     mu_follows_lr: bool = False
     max_skipped_in_a_row: int = 20
+    memory: Literal["auto", "lean", "full"] = "auto"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -78,31 +93,30 @@ class EstimatedGradient(_Module):
         self.forward_passes = 0
         self.skipped_steps = 0
         self.estimated_objective: Objective | None = None
+        self.estimator_state = State()
+        self._lean = False
         self._skipped_in_a_row = 0
         self._monitors: dict[int, _Monitor] = {}
 
     @property
     def mu(self) -> float | None:
         """The finite-difference step in use, or None where the estimator has none."""
-        stencil = getattr(self.estimator, "stencil", None)
-        if stencil is None or not self.mu_follows_lr:
-            return stencil and stencil.mu
+        mu = self.estimator.mu
+        if mu is None or not self.mu_follows_lr:
+            return mu
         group = self.trainer.optimizers[0].param_groups[0]
-        return stencil.mu * max(1e-3, group["lr"] / group["initial_lr"])
+        return mu * max(1e-3, group["lr"] / group["initial_lr"])
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Estimate the gradient of the underlying ``training_step``'s loss, and let the optimizer step."""
         step = super().training_step
         objective = _TrainingStep(lambda: step(*(batch, batch_idx)[: self._step_arity]), self)
+        optimizer: Any = self.optimizers()
+        self.estimated_objective = objective
         try:
-            loss = self._present_estimator().backward(objective, self, self.global_step)
-        except NonFiniteLoss as error:
-            self._skip(error)
-        else:
-            self._skipped_in_a_row = 0
-            objective.commit()
-            self._step(objective)
-            objective.replace_loss(loss)
+            optimizer.step(closure=lambda: self._estimate(objective, optimizer))
+        finally:
+            self.estimated_objective = None
         self.forward_passes += objective.forward_passes
         self._step_schedulers(batch_idx)
         if logs_now(self):
@@ -137,6 +151,9 @@ class EstimatedGradient(_Module):
             raise MisconfigurationException(
                 f"{type(self.estimator).__name__} lets {self.trainer.world_size} processes drift apart: use devices=1"
             )
+        if type(self.estimator_state) is not type(fresh := self.estimator.init(self)):
+            self.estimator_state = fresh
+        self._lean = self._chooses_lean()
         if self.mu_follows_lr:
             for group in self.trainer.optimizers[0].param_groups:
                 group.setdefault("initial_lr", group["lr"])
@@ -160,7 +177,7 @@ class EstimatedGradient(_Module):
             "forward_passes": self.forward_passes,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
-            "estimator": self.estimator.state_dict(self),
+            "estimator": self.estimator_state.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -170,8 +187,9 @@ class EstimatedGradient(_Module):
         self.forward_passes = saved.get("forward_passes", 0)
         self.skipped_steps = saved.get("skipped_steps", 0)
         self._skipped_in_a_row = saved.get("skipped_in_a_row", 0)
-        if saved.get("estimator"):
-            self.estimator.load_state_dict(self, saved["estimator"])
+        self.estimator_state = self.estimator.init(self)
+        if saved:
+            self.estimator_state.load_state_dict(saved["estimator"])
 
     @cached_property
     def _step_arity(self) -> int:
@@ -179,24 +197,29 @@ class EstimatedGradient(_Module):
         parameters = inspect.signature(super().training_step).parameters.values()
         return 2 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else min(2, len(parameters))
 
-    def _present_estimator(self) -> GradientEstimator:
-        mu = self.mu
-        stencil = getattr(self.estimator, "stencil", None)
-        if stencil is None or mu == stencil.mu:
-            return self.estimator
-        present = copy(self.estimator)  # shallow: what the estimator has learned stays shared
-        object.__setattr__(present, "stencil", replace(stencil, mu=mu))
-        return present
-
-    def _step(self, objective: Objective) -> None:
-        optimizer: Any = self.optimizers()
-        if self.gradient_clip_val is not None:
-            self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_val, gradient_clip_algorithm="norm")
-        self.estimated_objective = objective
+    def _estimate(self, objective: "_TrainingStep", optimizer: Any) -> Tensor:
+        """What the optimizer's closure does: fill ``.grad``, or step by each tensor of it; returns the loss."""
+        estimator = self.estimator if self.mu is None else self.estimator.with_mu(self.mu)
+        optimizer.zero_grad()
         try:
-            optimizer.step()
-        finally:
-            self.estimated_objective = None
+            if self._lean:
+                with torch.no_grad():
+                    estimate = estimator.estimate(objective, self, self.global_step, self.estimator_state, lean=True)
+                objective.commit()
+                step_by_tensor(optimizer.optimizer, estimate)  # the optimizer's own step then finds no gradient
+                loss = estimate.loss
+            else:
+                loss = estimator.backward(objective, self, self.global_step, self.estimator_state)
+                objective.commit()
+                if self.gradient_clip_val is not None:
+                    clip: Any = self.clip_gradients
+                    clip(optimizer, gradient_clip_val=self.gradient_clip_val, gradient_clip_algorithm="norm")
+        except NonFiniteLoss as error:
+            self._skip(error)
+            return torch.tensor(error.value)
+        self._skipped_in_a_row = 0
+        objective.replace_loss(loss)
+        return loss
 
     def _skip(self, error: NonFiniteLoss) -> None:
         self.skipped_steps += 1
@@ -206,6 +229,36 @@ class EstimatedGradient(_Module):
                 f"{error} for {self._skipped_in_a_row} steps in a row, at step {self.global_step}: training stops. "
                 "Try a smaller learning rate; checkpoints saved before are intact."
             ) from error
+
+    def _chooses_lean(self) -> bool:
+        """Whether the optimizer steps by each tensor; what stands against it is an error where that was asked for."""
+        if self.memory not in ("auto", "lean", "full"):
+            raise MisconfigurationException(f"memory must be 'auto', 'lean' or 'full', got {self.memory!r}")
+        if self.memory == "full":
+            return False
+        trainer: Any = self.trainer
+        optimizer = trainer.optimizers[0]
+        hooks = [type(c).__name__ for c in trainer.callbacks if _overrides(c, "on_before_optimizer_step", Callback)]
+        if _overrides(super(), "on_before_optimizer_step", LightningModule):
+            hooks.append(type(self).__name__)
+        against = [
+            reason
+            for stands, reason in (
+                (not self.estimator.can_be_lean, f"{type(self.estimator).__name__} has no lean form"),
+                (self.gradient_clip_val is not None, "gradient_clip_val needs the norm of the whole gradient"),
+                (
+                    not is_separable(optimizer),
+                    f"{type(optimizer).__name__} is not known to update each weight by its own gradient alone",
+                ),
+                (bool(hooks), f"on_before_optimizer_step of {', '.join(hooks)} may ask for the whole gradient"),
+            )
+            if stands
+        ]
+        if self.memory == "auto":
+            return not against and sum(p.numel() for p in self.parameters() if p.requires_grad) >= _LARGE
+        if against:
+            raise MisconfigurationException(f"memory='lean': {'; '.join(against)}. Take memory='full'")
+        return True
 
     def _without_monitor(self, config: Any, default: str | None = None) -> dict[str, Any]:
         config = dict(config) if isinstance(config, Mapping) else {"scheduler": config}
@@ -296,25 +349,31 @@ def _no_log(*_: Any, **__: Any) -> None:
 
 @contextmanager
 def _silent(module: nn.Module, metrics: list[Metric]) -> Iterator[None]:
-    """Let ``self.log`` do nothing, and ``metrics`` forget what they see."""
-    states = [_metric_state(metric) for metric in metrics]
-    attributes = dict(vars(module))
-    vars(module).update(log=_no_log, log_dict=_no_log)
+    """Let ``self.log`` do nothing, ``metrics`` forget what they see, and the module what changes its own attributes.
+
+    Those are public ones that are numbers, strings or containers: a list of outputs, a counter, a running mean.
+    """
+    states = [{name: _copy(value) for name, value in vars(metric).items()} for metric in metrics]
+    attributes = vars(module)
+    before = {name: value for name, value in attributes.items() if not name.startswith("_")}
+    contents = [(value, value.copy()) for value in before.values() if type(value) in (list, dict, set)]
+    attributes.update(log=_no_log, log_dict=_no_log)
     try:
         yield
     finally:
-        for name in ("log", "log_dict"):
-            del vars(module)[name]
-            if name in attributes:
-                vars(module)[name] = attributes[name]
+        for name in [name for name in attributes if not name.startswith("_") and name not in before]:
+            del attributes[name]
+        attributes.update(before)
+        for container, content in contents:
+            container.clear()
+            container.extend(content) if type(container) is list else container.update(content)
         for metric, state in zip(metrics, states, strict=True):
             vars(metric).update(state)
 
 
-def _metric_state(metric: Metric) -> dict[str, Any]:
-    state = {name: _copy(getattr(metric, name)) for name in metric._defaults}
-    return {**state, "_computed": metric._computed, "_update_count": metric._update_count}
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value.copy() if type(value) is list else value
 
 
-def _copy(value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    return value.clone() if isinstance(value, Tensor) else list(value)
+def _overrides(obj: Any, name: str, base: type) -> bool:
+    return getattr(getattr(obj, name), "__func__", None) is not getattr(base, name)

@@ -2,6 +2,7 @@
 
 from zo_lightning.optim.adamm import AdaMM
 from zo_lightning.optim.normalized_sgd import NormalizedSGD
+from zo_lightning.optim.separable import is_separable
 from zo_lightning.optim.sign_sgd import SignSGD
 
-__all__ = ["AdaMM", "NormalizedSGD", "SignSGD"]
+__all__ = ["AdaMM", "NormalizedSGD", "SignSGD", "is_separable"]

@@ -1,0 +1,63 @@
+"""What estimators along random directions of all weights share: ``ĝ = (1/q) Σᵢ cᵢ uᵢ``."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from zo_lightning.directions import Coordinate, Direction, Directions
+from zo_lightning.estimators.base import Estimate
+from zo_lightning.perturbed.state import State
+from zo_lightning.perturbed.weights import Weights
+
+
+def draw(
+    directions: Directions, weights: Weights, samples: int, seed: int, step: int, state: State, lean: bool
+) -> Iterator[Direction]:
+    """The directions of one step, each drawn when it is its turn: at once, or lean, tensor by tensor on demand.
+
+    All but the first, whose tensors become the estimate, are drawn into the same memory.
+    """
+    for index in range(samples):
+        direction = directions.draw(weights, seed, step, index, weights.still)
+        yield direction if lean else direction.hold(state.scratch("direction", weights) if index else None)
+
+
+def average(weights: Weights, probes: Iterable[tuple[Direction, float, float]], samples: int) -> Estimate:
+    """``(1/q) Σᵢ cᵢ uᵢ`` and the mean loss, from ``q`` triples (``uᵢ``, loss, ``cᵢ``); held tensors are used up."""
+    total = 0.0
+    gradients: list[Tensor] = []
+    lean: list[tuple[Direction, float]] = []
+    for direction, loss, slope in probes:
+        total += loss
+        if direction.held is None:
+            lean.append((direction, slope / samples))
+        elif not gradients:
+            gradients = [u.mul_(slope / samples) for u in direction.held]
+        else:
+            for gradient, u in zip(gradients, direction.held, strict=True):
+                gradient.add_(u, alpha=slope / samples)
+    loss = torch.tensor(total / samples, device=weights[0].device)
+    return Estimate(loss, _one_by_one(weights, lean) if lean else zip(weights, gradients, strict=True))
+
+
+def _one_by_one(weights: Weights, lean: list[tuple[Direction, float]]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    (first, c), *rest = lean
+    for position, p in enumerate(weights):
+        gradient = first[position].mul_(c)
+        for direction, c_i in rest:
+            gradient.add_(direction[position], alpha=c_i)
+        yield p, gradient
+
+
+def isotropic_cosine(directions: Directions, d: float, share: float, samples: int) -> float:
+    """The expected cosine of ``(1/q) Σᵢ <g, uᵢ> uᵢ`` with ``E[u uᵀ] = I``, for a part of ``d`` weights.
+
+    It is ``√(q / (d + q − 1))`` for all weights together, close to ``√(q/d)`` for q ≪ d, and exactly the root mean
+    square of the cosine for q = 1 and ``‖u‖² = d``. One layer of ``d`` weights also gets the noise of all others: with
+    its share ``s = ‖g_l‖² / ‖g‖²`` it is ``√s / √(d/q + s(1 − 1/q))``; NaN for ``Coordinate``, whose layers never meet.
+    """
+    if share != 1.0 and isinstance(directions, Coordinate):
+        return math.nan
+    return math.sqrt(share / (d / samples + share * (1 - 1 / samples)))

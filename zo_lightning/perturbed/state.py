@@ -1,0 +1,89 @@
+"""What is known of one module from step to step: how its weights can be displaced, and memory to do it in."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zo_lightning.directions import Direction
+from zo_lightning.objective import Objective
+from zo_lightning.perturbed.weights import DisplacedWeights, Recent, Value, Weights
+
+_log = logging.getLogger(__name__)
+
+
+class State:
+    """What an estimator has learned about one module, to be passed to each of its steps, saved and loaded.
+
+    Estimators that learn more have a state of their own class.
+
+    Attributes:
+        visible: by name of a weight, whether a pass has shown its use; if not, it is moved in place.
+    """
+
+    def __init__(self) -> None:
+        self.visible: dict[str, bool] = {}
+        self._scratch: dict[str, list[Tensor]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how a run goes on, as plain containers and tensors."""
+        return {"visible": dict(self.visible)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what ``state_dict`` gave."""
+        self.visible = dict(state["visible"])
+
+    def loss_at(self, objective: Objective, weights: Weights, value: Value) -> float:
+        """The loss where the uses of the weights see ``value``.
+
+        A weight whose use the first pass does not show is not used, or read by code that cannot be watched. From then
+        on it is moved in place; the pass is repeated.
+
+        Raises:
+            NonFiniteLoss: the loss is NaN or infinite.
+        """
+        hidden = {k for k, name in enumerate(weights.names) if not self.visible.get(name, k not in weights.opaque)}
+        watched = DisplacedWeights(weights, value, hidden, objective.before_write)
+        loss = objective(watched)
+        new = [k for k, name in enumerate(weights.names) if name not in self.visible]
+        if not new:
+            return loss
+        self.visible |= {weights.names[k]: k in watched.seen for k in new}
+        if missed := [weights.names[k] for k in new if k not in watched.seen]:
+            names = ", ".join(missed[:5]) + (f" and {len(missed) - 5} more" if len(missed) > 5 else "")
+            _log.warning("no use of %s shows in a forward pass: moved in place for each, and put back", names)
+        return loss if watched.seen | hidden >= set(new) else self.loss_at(objective, weights, value)
+
+    def loss_along(self, objective: Objective, weights: Weights, direction: Direction, distance: float) -> float:
+        """The loss at ``x + distance · u``; memory is that of one tensor unless the direction holds its tensors.
+
+        Raises:
+            NonFiniteLoss: the loss is NaN or infinite.
+        """
+        if direction.held is None:
+
+            def moved(position: int) -> Tensor:
+                u = direction[position]
+                return torch.add(weights[position].detach(), u, alpha=distance, out=u)
+
+            return self.loss_at(objective, weights, Recent(weights, moved))
+        points = self.scratch("points", weights)
+        torch._foreach_copy_(points, [p.detach() for p in weights])
+        torch._foreach_add_(points, direction.held, alpha=distance)
+        return self.loss_at(objective, weights, points.__getitem__)
+
+    def scratch(self, name: str, weights: Weights) -> list[Tensor]:
+        """Tensors like the weights, whose memory is kept from one step to the next.
+
+        Memory that is given back and asked for again comes as new pages, each at the price of a page fault: on a net of
+        2.8 million weights those took longer than the arithmetic of the whole step.
+        """
+        kept = self._scratch.get(name, [])
+        if len(kept) != len(weights) or not all(map(_alike, kept, weights)):
+            kept = self._scratch[name] = [torch.empty_like(p) for p in weights]
+        return kept
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())

@@ -1,0 +1,223 @@
+"""A forward pass in which every use of a weight sees another tensor in its place, while the weight stays untouched."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
+
+Value = Callable[[int], Tensor]
+"""From the position of a weight to what its uses see."""
+
+
+@dataclass(frozen=True)
+class Weights(Sequence[nn.Parameter]):
+    """The weights of a module that require a gradient, each once: a tied weight is one weight.
+
+    Attributes:
+        names: of the weights, in their order.
+        params: the weights.
+        still: by position, a row that no direction moves, since no use of it is trained: an embedding's padding.
+        opaque: positions of weights that compiled code or TorchScript reads, where no pass can be displaced.
+    """
+
+    names: list[str]
+    params: list[nn.Parameter]
+    still: dict[int, int] = field(default_factory=dict)
+    opaque: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Weights":
+        """The trainable weights of a module.
+
+        Raises:
+            ValueError: there is none.
+        """
+        names, params = [], []
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                names.append(name)
+                params.append(p)
+        if not params:
+            kind = type(module).__name__
+            raise ValueError(f"{kind} has no parameter with requires_grad=True: there is nothing to train")
+        positions = {id(p): position for position, p in enumerate(params)}
+        still: dict[int, int] = {}
+        opaque: set[int] = set()
+        for owner in module.modules():
+            if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+                if owner.padding_idx is not None and id(owner.weight) in positions:
+                    still[positions[id(owner.weight)]] = owner.padding_idx
+            elif _is_opaque(owner):
+                opaque |= {positions[id(p)] for p in owner.parameters() if id(p) in positions}
+        for owner in module.modules() if still else ():
+            if not isinstance(owner, nn.Embedding | nn.EmbeddingBag):  # tied to another layer, which trains the row
+                for p in owner._parameters.values():
+                    still.pop(positions.get(id(p), -1), None)
+        return cls(names, params, still, frozenset(opaque))
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self.params[position]
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self.params)
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    """Whether a module's code runs where PyTorch's functions cannot be seen: compiled, or TorchScript."""
+    compiled = "_orig_mod" in module._modules or module._compiled_call_impl is not None
+    return compiled or isinstance(module, torch.jit.ScriptModule)
+
+
+class DisplacedWeights(TorchFunctionMode):
+    """Context of a forward pass in which uses of weights see other tensors: no weight is written, whatever happens.
+
+    It sees PyTorch's functions as the pass calls them, so weights may belong to any module, be tied, or be used by any
+    function directly. What a function only asks about a weight, such as its shape, is answered by the weight itself.
+    Code that reads weights where no function of PyTorch shows it, as TorchScript does, needs them ``in_place``: those
+    are moved themselves, and put back bit for bit at the end.
+
+    Args:
+        weights: those whose uses are displaced.
+        value: what the uses of one of them see.
+        in_place: positions of weights that are moved themselves.
+        before_write: called with each tensor that a function is about to write into.
+
+    Attributes:
+        seen: positions of weights that the pass has used so far.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        value: Value,
+        in_place: Collection[int] = (),
+        before_write: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.weights, self.value, self.in_place, self.before_write = weights, value, in_place, before_write
+        self.positions = {id(w): position for position, w in enumerate(weights) if position not in in_place}
+        self.seen: set[int] = set()
+        self._saved: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> Self:
+        """Begin the pass."""
+        self._saved = [
+            (self.weights[position].data, self.weights[position].detach().clone()) for position in self.in_place
+        ]
+        try:
+            for position in self.in_place:
+                self.weights[position].data.copy_(self.value(position))
+        except BaseException:
+            self._put_back()
+            raise
+        # Compiled code would be compiled again for each pass that is watched.
+        return super().__enter__() if self.positions else self
+
+    def __exit__(self, *error: Any) -> None:
+        """End the pass."""
+        try:
+            if self.positions:
+                super().__exit__(*error)
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        for weight, before in self._saved:
+            weight.copy_(before)
+        self._saved = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one function of PyTorch on the displaced weights."""
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one function with displaced weights among its arguments, lists and dictionaries of them included."""
+        if func in _ASKS:
+            return func(*args, **kwargs)
+        if self.before_write is not None and _writes(func) and args:
+            for tensor in args[0] if isinstance(args[0], list | tuple) else args[:1]:
+                self.before_write(tensor)
+        return func(*map(self._displaced, args), **{name: self._displaced(value) for name, value in kwargs.items()})
+
+    def _displaced(self, argument: Any) -> Any:
+        position = self.positions.get(id(argument))
+        if position is not None:
+            self.seen.add(position)
+            return self.value(position)
+        if type(argument) in (list, tuple):
+            return type(argument)(map(self._displaced, argument))
+        if type(argument) is dict:
+            return {key: self._displaced(value) for key, value in argument.items()}
+        return argument
+
+
+_ATTRIBUTES = (
+    *(
+        "shape",
+        "dtype",
+        "device",
+        "layout",
+        "requires_grad",
+        "ndim",
+        "is_leaf",
+        "grad",
+        "grad_fn",
+        "nbytes",
+        "itemsize",
+    ),
+    *("is_cuda", "is_cpu", "is_mps", "is_sparse", "is_meta", "is_quantized", "is_nested", "_version"),
+)
+_METHODS = (
+    *("size", "dim", "numel", "nelement", "ndimension", "stride", "element_size", "storage_offset", "__len__"),
+    *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "get_device", "type", "__hash__", "dim_order"),
+    *("requires_grad_", "register_hook", "retain_grad", "is_inference", "is_shared", "is_pinned"),
+)
+_ASKS: set[Any] = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {getattr(Tensor, m) for m in _METHODS}
+"""What asks about a tensor without reading its numbers."""
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether a function writes into its first argument, by PyTorch's convention of names."""
+    name = getattr(func, "__name__", "")
+    return (
+        (name.endswith("_") and not name.endswith("__"))
+        or (name.startswith("__i") and name != "__invert__")
+        or (name in ("__setitem__", "__set__"))
+    )
+
+
+class Recent:
+    """Values of weights that are computed when they are asked for; the latest are kept, no more than the largest one.
+
+    A weight that is used at each step of a sequence is then computed once, and memory is that of one tensor.
+
+    Args:
+        weights: that the values are of.
+        compute: the value of one weight.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], compute: Value) -> None:
+        self.compute = compute
+        self.sizes = [w.numel() * w.element_size() for w in weights]
+        self._kept: OrderedDict[int, Tensor] = OrderedDict()
+
+    def __call__(self, position: int) -> Tensor:
+        """The value of one weight."""
+        if position in self._kept:
+            self._kept.move_to_end(position)
+            return self._kept[position]
+        room = max(self.sizes) - self.sizes[position]
+        while sum(self.sizes[k] for k in self._kept) > room:
+            self._kept.popitem(last=False)
+        value = self._kept[position] = self.compute(position)
+        return value
