@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-
 from zo_lightning.feedback import Feedback, Shrinkage
 
 B, C = 16, 3

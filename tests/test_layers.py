@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
 from zo_lightning.layers import COMPOSITES, RULES, Affine, BatchNormalization, Operation, noise_sizes, weigh
 
 B = 3

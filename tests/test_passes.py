@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
 from zo_lightning.layers import Operation
 from zo_lightning.passes import WatchedPass
 

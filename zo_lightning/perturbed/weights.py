@@ -142,9 +142,9 @@ class DisplacedWeights(TorchFunctionMode):
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function with displaced weights among its arguments, lists and dictionaries of them included."""
-        if func in _ASKS:
+        if func in ASKS:
             return func(*args, **kwargs)
-        if self.before_write is not None and _writes(func) and args:
+        if self.before_write is not None and writes(func) and args:
             for tensor in args[0] if isinstance(args[0], list | tuple) else args[:1]:
                 self.before_write(tensor)
         return func(*map(self._displaced, args), **{name: self._displaced(value) for name, value in kwargs.items()})
@@ -182,11 +182,11 @@ _METHODS = (
     *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "get_device", "type", "__hash__", "dim_order"),
     *("requires_grad_", "register_hook", "retain_grad", "is_inference", "is_shared", "is_pinned"),
 )
-_ASKS: set[Any] = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {getattr(Tensor, m) for m in _METHODS}
+ASKS: set[Any] = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {getattr(Tensor, m) for m in _METHODS}
 """What asks about a tensor without reading its numbers."""
 
 
-def _writes(func: Callable[..., Any]) -> bool:
+def writes(func: Callable[..., Any]) -> bool:
     """Whether a function writes into its first argument, by PyTorch's convention of names."""
     name = getattr(func, "__name__", "")
     return (

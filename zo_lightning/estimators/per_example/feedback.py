@@ -10,49 +10,51 @@ from torch import Tensor
 class Feedback:
     """Linear maps ``hᵢ = mᵢ ∘ (B eᵢ)`` from the gradient ``e`` [B, C] by the net's output to those by layers' outputs.
 
-    ``m`` is 0 where a ReLU or a pooling hides the layer's output, else 1. ``Bᵀ`` is learned to be the mean Jacobian
-    from the layer to the net's output: every pass that displaces layers by ``δ`` shows how the output moved, ``y``, so
-    no pass is spent on it,
+    ``m`` is 0 where a ReLU hides the layer's output, else 1; of a pooled output only the largest in each window is
+    meant. ``Bᵀ`` is learned to be the mean Jacobian from the layer to the net's output: every pass that displaces
+    layers by ``δ`` shows how the output moved, ``y``, so no pass is spent on it,
 
-    ``Bᵀ ← Bᵀ + ρ (Y − Δ B)ᵀ (Δ Δᵀ + α I)⁻¹ Δ``,
+    ``Bᵀ ← Bᵀ + ρ Rᵀ Δ / (α + ‖Rᵀ Δ‖² / ‖R‖²)``  with  ``R = Y − Δ B``,
 
-    where a row of ``Δ`` is one example's ``m ∘ δ`` at all layers, and ``α`` the mean of ``‖m ∘ δ‖²``: ridge regression
-    on what the maps leave unexplained, stable for ``ρ`` < 2 whatever the displacements (affine projection: Ozeki &
-    Umeda 1984). Feedback weights learned from perturbations: Lansdell, Prakash & Kording, *Learning to solve the credit
-    assignment problem*, 2020. Feedback straight from the output: Nøkland, *Direct feedback alignment*, 2016.
+    where a row of ``Δ`` is one example's ``m ∘ δ`` at all layers, and ``α`` the mean of ``‖m ∘ δ‖²``. The step is
+    steepest descent with the exact step size for ``R`` (Barzilai & Borwein 1988 call it the classical choice), kept
+    shorter by ``α``, so ``ρ`` < 2 is stable however alike the displacements are. Feedback weights learned from
+    perturbations: Lansdell, Prakash & Kording, *Learning to solve the credit assignment problem*, 2020. Feedback
+    straight from the output: Nøkland, *Direct feedback alignment*, 2016.
 
     Attributes:
-        maps: ``Bᵀ`` by layer, [C, numbers in the output of one example], float32 or wider.
+        maps: ``Bᵀ`` by layer, [C, numbers of one example that the loss sees], float32 or wider.
     """
 
     def __init__(self) -> None:
         self.maps: dict[str, Tensor] = {}
 
-    def predict(self, key: str, error: Tensor, like: Tensor, mask: Tensor | None) -> Tensor | None:
-        """``h`` [B, ...] of a layer whose output is ``like``; None before anything was learned, or at another size."""
+    def predict(self, key: str, error: Tensor, like: Tensor, positive: Tensor | None) -> Tensor | None:
+        """``h`` like ``like`` [B, n] of a layer; None before anything was learned, or at another size."""
         weight = self.maps.get(key)
         if weight is not None and weight.device != error.device:  # of a checkpoint, which was loaded to the CPU
             weight = self.maps[key] = weight.to(error.device)
-        if weight is None or weight.shape != (error.shape[1], like[0].numel()):
+        if weight is None or weight.shape != (error.shape[1], like.shape[1]):
             return None
-        h = (error.to(weight.dtype) @ weight).to(like.dtype).view_as(like)
-        return h if mask is None else h.mul_(mask)
+        h = (error.to(weight.dtype) @ weight).to(like.dtype)
+        return h if positive is None else h.mul_(positive.view(h.shape))
 
     def learn(self, displacements: Mapping[str, Tensor], response: Tensor, rate: float) -> None:
-        """Take one step from a batch: each layer's ``m ∘ δ`` [B, ...], and ``y`` [B, C]."""
-        inputs = {key: displacement.flatten(1).to(response.dtype) for key, displacement in displacements.items()}
+        """Take one step from a batch: each layer's ``m ∘ δ`` [B, n], and ``y`` [B, C]."""
+        inputs = {key: displacement.to(response.dtype) for key, displacement in displacements.items()}
         for key, x in inputs.items():
             if key not in self.maps or self.maps[key].shape != (response.shape[1], x.shape[1]):
                 self.maps[key] = response.new_zeros(response.shape[1], x.shape[1])
         unexplained = response.nan_to_num(0.0, 0.0, 0.0)  # an output may be −inf for good, such as a masked choice
-        gram = torch.zeros(len(response), len(response)).to(response)
         for key, x in inputs.items():
-            unexplained.addmm_(x, self.maps[key].T, alpha=-1)
-            gram.addmm_(x, x.T)
-        gram.diagonal().add_(gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)
-        step = torch.cholesky_solve(unexplained, torch.linalg.cholesky(gram)).mul_(rate)
-        for key, x in inputs.items():
-            self.maps[key].addmm_(step.T, x)
+            torch.addmm(unexplained, x, self.maps[key].T, alpha=-1, out=unexplained)
+        steps = {key: unexplained.T @ x for key, x in inputs.items()}
+        tiny = torch.finfo(response.dtype).tiny
+        alpha = sum(float(torch.linalg.vector_norm(x)) ** 2 for x in inputs.values()) / len(response)
+        along = sum(float(torch.linalg.vector_norm(step)) ** 2 for step in steps.values())
+        along /= float(torch.linalg.vector_norm(unexplained)) ** 2 + tiny
+        for key, step in steps.items():
+            self.maps[key].add_(step, alpha=rate / (alpha + along + tiny))
 
     def state_dict(self) -> dict[str, Any]:
         """The maps."""
@@ -68,19 +70,27 @@ class Shrinkage:
 
     ``h + λ c`` has mean squared error ``(1 − λ)² b² + λ² V`` if ``c`` has mean ``b`` and variance ``V``, and it is
     smallest there for ``τ = 1``. An optimizer with momentum averages noise over some ``τ`` steps but keeps what bias
-    lasts, so its ``λ`` is larger. ``b² = E<c, c̄>``, where ``c̄`` is the running mean of the last ``τ`` steps, whose
-    noise is independent, and ``V = E‖c‖² − b²``, both as running means of rate ``RATE``.
+    lasts, so its ``λ`` is larger. ``b² = E<c, c̄>``, where ``c̄`` is the running mean of earlier steps, whose noise is
+    independent, and ``V = E‖c‖² − b²``. It costs the layer's way back once more, so only one step in ``EVERY`` is
+    measured; ``λ`` stays in between.
     """
 
     TAU = 10.0
-    RATE = 0.01
+    EVERY = 10
+    RATE = 0.05  # of the running means, a measured step
+    MEMORY = 0.3  # of c̄
 
     def __init__(self) -> None:
         self.means: dict[str, list[Tensor]] = {}  # c̄, one tensor for each weight of a layer
-        self.moments: dict[str, tuple[int, float, float]] = {}  # by layer: the number of steps, b², and E‖c‖²
+        self.moments: dict[str, tuple[int, float, float]] = {}  # by layer: measured steps, b², and E‖c‖²
+
+    def trust(self, key: str) -> float:
+        """``λ`` of a layer as measured last; 0 before."""
+        _, bias, power = self.moments.get(key, (0, 0.0, 0.0))
+        return bias / (bias + max(power - bias, 0.0) / self.TAU) if bias > 0 else 0.0
 
     def measure(self, key: str, correction: list[Tensor]) -> float:
-        """Take in one step's correction, one tensor for each weight of a layer, or a sample of it; returns ``λ``."""
+        """Take in one step's correction, one tensor for each weight of a layer; returns ``λ``."""
         steps, bias, power = self.moments.get(key, (0, 0.0, 0.0))
         known = self.means.get(key, [])
         if [mean.shape for mean in known] != [c.shape for c in correction]:  # at first, or of a layer that was replaced
@@ -93,9 +103,9 @@ class Shrinkage:
             bias += rate * (sum(float((c * mean).sum()) for c, mean in zip(correction, means, strict=True)) - bias)
             power += rate * (sum(float(torch.linalg.vector_norm(c)) ** 2 for c in correction) - power)
         for c, mean in zip(correction, means, strict=True):
-            mean.lerp_(c, max(1 / self.TAU, 1 / (steps + 1)))
+            mean.lerp_(c, max(self.MEMORY, 1 / (steps + 1)))
         self.moments[key] = steps + 1, bias, power
-        return bias / (bias + max(power - bias, 0.0) / self.TAU) if bias > 0 else 0.0
+        return self.trust(key)
 
     def state_dict(self) -> dict[str, Any]:
         """The running means."""
