@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from zo_lightning.directions import Rademacher, mix
-from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed
+from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
 from zo_lightning.feedback import Feedback, Shrinkage
 from zo_lightning.layers import Affine, Noise, Operation, count, noise_sizes, weigh
 from zo_lightning.objective import Objective
 from zo_lightning.output import module_calls, output_of_the_net, replaced_output, watched_output
 from zo_lightning.passes import Use, WatchedPass
 from zo_lightning.perturbed.state import State
-from zo_lightning.perturbed.weights import Weights
 from zo_lightning.stencils import CentralDifference, Stencil
 
 _log = logging.getLogger(__name__)
@@ -136,14 +135,14 @@ class PerExample(GradientEstimator):
         """Displace every example along ``samples`` noises of its own, and put their slopes together."""
         seed, memory = resolve_seed(self.seed), cast(_Memory, state)
         objective.begin(mix(seed, step))
-        params = Weights.of(module).params
+        params = list(trained(objective, module))
         grads: dict[nn.Parameter, Tensor] = {}
         with objective.guard():
-            trained = sorted(name for name, p in module.named_parameters() if p.requires_grad)
-            if memory.trained != trained:  # at first, and when weights were frozen or unfrozen
+            names = sorted(name for name, p in module.named_parameters() if p.requires_grad)
+            if memory.trained != names:  # at first, and when weights were frozen or unfrozen
                 memory.trained, memory.layers, memory.shrinkage = [], {}, Shrinkage()
                 self._look(objective, module, memory)
-                memory.trained = trained  # not before: a look that failed is repeated
+                memory.trained = names  # not before: a look that failed is repeated
             total = torch.zeros((), device=params[0].device)
             for index in range(self.samples):
                 total += self._sample(objective, module, memory, mix(seed, step, index), grads)

@@ -24,7 +24,7 @@ class State:
 
     def __init__(self) -> None:
         self.visible: dict[str, bool] = {}
-        self._scratch: dict[str, list[Tensor]] = {}
+        self._scratch: dict[str, tuple[list[Tensor], Weights | None]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how a run goes on, as plain containers and tensors."""
@@ -79,9 +79,11 @@ class State:
         Memory that is given back and asked for again comes as new pages, each at the price of a page fault: on a net of
         2.8 million weights those took longer than the arithmetic of the whole step.
         """
-        kept = self._scratch.get(name, [])
-        if len(kept) != len(weights) or not all(map(_alike, kept, weights)):
-            kept = self._scratch[name] = [torch.empty_like(p) for p in weights]
+        kept, of = self._scratch.get(name, ([], None))
+        if of is not weights:  # of an earlier step
+            if len(kept) != len(weights) or not all(map(_alike, kept, weights)):
+                kept = [torch.empty_like(p) for p in weights]
+            self._scratch[name] = kept, weights
         return kept
 
 
