@@ -1,7 +1,8 @@
 """Update rules that ``torch.optim`` lacks, one per file."""
 
 from zo_lightning.optim.adamm import AdaMM
+from zo_lightning.optim.base import UpdateRule
 from zo_lightning.optim.normalized_sgd import NormalizedSGD
 from zo_lightning.optim.sign_sgd import SignSGD
 
-__all__ = ["AdaMM", "NormalizedSGD", "SignSGD"]
+__all__ = ["AdaMM", "NormalizedSGD", "SignSGD", "UpdateRule"]
