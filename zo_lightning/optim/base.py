@@ -114,20 +114,23 @@ def _real(p: Tensor) -> Tensor:
 
 def _gradient(p: Tensor) -> Tensor:
     assert p.grad is not None
-    # A kernel would read a sparse, lazily conjugated or lazily negated tensor as what lies in its memory.
     g = p.grad.to_dense() if p.grad.layout != torch.strided else p.grad
-    return _real(g.resolve_conj()).resolve_neg()
+    # A kernel would read a lazily conjugated or negated tensor as what lies in its memory.
+    if g.is_complex():
+        g = torch.view_as_real(g.resolve_conj())
+    return g.resolve_neg() if g.is_neg() else g
 
 
 def _precision(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _is_plain(x: Tensor) -> bool:
     """Whether a formula may work on a weight's own memory: wide enough, and dense, without gaps or overlaps."""
+    if x.dtype != _precision(x):
+        return False
     # empty_like keeps the strides of dense tensors, and of no others.
-    dense = x.is_contiguous() or torch.empty_like(x, device="meta").stride() == x.stride()
-    return dense and x.dtype == _precision(x)
+    return x.is_contiguous() or torch.empty_like(x, device="meta").stride() == x.stride()
 
 
 def _matched(tensor: Tensor, x: Tensor) -> Tensor:
