@@ -69,8 +69,10 @@ class UpdateRule(torch.optim.Optimizer, ABC):
         weights = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip(numbers, weights, strict=True):
             for name, value in loaded[-1]["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and name != "step":  # which stays as it is, on the CPU
-                    self.state[p][name] = value.to(p.device, _precision(_real(p)), copy=True)
+                if isinstance(value, Tensor):
+                    kept = name == "step"  # a count, as it is and on the CPU
+                    like = value if kept else torch.empty((), dtype=_precision(_real(p)), device=p.device)
+                    self.state[p][name] = value.to(like, copy=True)
 
     @abstractmethod
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
