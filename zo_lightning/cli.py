@@ -18,7 +18,7 @@ from zo_lightning.cli_errors import UserError, explain_parsing, innermost
 from zo_lightning.data import InMemoryDataModule
 from zo_lightning.modules import Classifier, TrainingDiverged
 from zo_lightning.study.command import COMMANDS, report, study
-from zo_lightning.study.runs import FINISHED
+from zo_lightning.study.folder import FINISHED
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 

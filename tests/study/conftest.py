@@ -39,3 +39,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def results(finished: Path) -> Results:
     return read_results(finished / "lightning_logs" / "tiny")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty one, for a study that trains nothing."""
+    path = tmp_path / "fake"
+    path.mkdir()
+    return path

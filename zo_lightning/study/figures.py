@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from zo_lightning.measures import WHOLE
-from zo_lightning.study.measures import common_epoch, exponent, exponents, final, mean_interval, over_seeds, ratios
 from zo_lightning.study.results import Results, published_at
+from zo_lightning.study.statistics import common_epoch, exponent, exponents, final, mean_interval, over_seeds, ratios
 from zo_lightning.study.weights import embed, first_filters, trajectories
 
 # Okabe and Ito's, for every kind of colour vision; beside it, markers and dashes tell the methods apart.

@@ -20,10 +20,10 @@ from zo_lightning.measures import WHOLE
 from zo_lightning.study import figures
 from zo_lightning.study.figures import NothingToDraw
 from zo_lightning.study.grid import slug
-from zo_lightning.study.measures import common_epoch, exponent, final, mean_interval, ratios
 from zo_lightning.study.minima import LINE, NOISE, SHARPNESS, measure_minima
 from zo_lightning.study.results import COLUMNS, Results, published_at, read_results, write_results
 from zo_lightning.study.runs import Fit
+from zo_lightning.study.statistics import common_epoch, exponent, final, mean_interval, ratios
 from zo_lightning.study.weights import Progress, similarity
 
 PAGE = "report.html"
