@@ -17,6 +17,8 @@ FLOORS = {
     "layers": 0,
     "feedback": 0,
     "snapshots": 0,
+    "filters": 0,
+    "trajectories": 0,
     "evaluation": 1,
     "passes": 1,
     "output": 2,

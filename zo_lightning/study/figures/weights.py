@@ -1,6 +1,7 @@
 """Figures of the weights: how similar two methods' are, and where the filters have gone."""
 
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,8 @@ from zo_lightning.study.figures.style import (
 )
 from zo_lightning.study.results import Results
 from zo_lightning.study.statistics import over_seeds
-from zo_lightning.study.weights import embed, first_filters, trajectories
+from zo_lightning.study.weights import filter_paths, first_filters
+from zo_lightning.trajectories import draw, project, tsne
 
 
 def weight_similarity(results: Results, similar: pd.DataFrame, measure: str, method: str) -> Figure:
@@ -80,32 +82,21 @@ def filter_trajectories(results: Results, layer: str, seed: int) -> Figure:
     """t-SNE of a convolution's filters through training, all methods in one embedding; one panel per size."""
     figure, panels = panel_grid(results)
     drawn = False
+    start: dict[str, Any] = {"ls": "none", "marker": "o", "mfc": "white", "mec": "black"}
+    end: dict[str, Any] = {"ls": "none", "marker": "*", "mec": "black", "ms": 10}
     for axes, (net, d) in zip(panels, results.nets.items(), strict=True):
         axes.set_title(size_title(net, d), fontsize=9)
         axes.set(xticks=[], yticks=[])
-        table = trajectories(results, net, seed).get(layer)
-        if table is None:
-            continue
-        drawn = True
-        weights = table.drop(columns=["method", "epoch", "filter"]).to_numpy()
-        for (method, _), path in table.assign(**dict(zip("xy", embed(weights).T, strict=True))).groupby(
-            ["method", "filter"]
-        ):
-            path = path.sort_values("epoch")
-            style = style_of(results, str(method))
-            axes.plot(path["x"], path["y"], color=style["color"], lw=0.9, marker=".", ms=2.5, alpha=0.8)
-            axes.plot(path["x"].iloc[0], path["y"].iloc[0], "o", mfc="white", mec="black", ms=6, zorder=3)
-            axes.plot(
-                path["x"].iloc[-1], path["y"].iloc[-1], marker="*", color=style["color"], mec="black", ms=10, zorder=4
-            )
+        paths = filter_paths(results, net, seed).get(layer, [])
+        for path, plane in zip(paths, project(paths, tsne) if paths else [], strict=True):
+            drawn = True
+            colour = style_of(results, path.run)["color"]
+            for way in plane.swapaxes(0, 1):
+                draw(axes, way, {**start, "ms": 6}, {**end, "color": colour}, color=colour, lw=0.9, ms=2.5, alpha=0.8)
     if not drawn:
         raise NothingToDraw(f"no run of seed {seed} has weight snapshots of {layer}")
     share_labels(figure, "t-SNE dimension 1 (no unit)", "t-SNE dimension 2 (no unit)")
-    ends = {
-        "start": {"ls": "none", "marker": "o", "mfc": "white", "mec": "black"},
-        "end": {"ls": "none", "marker": "*", "color": "grey", "mec": "black", "ms": 10},
-    }
-    method_legend(figure, results, ends, marker=".")
+    method_legend(figure, results, {"start": start, "end": {**end, "color": "grey"}}, marker=".")
     return figure
 
 
