@@ -21,12 +21,21 @@ def filters_of(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def filter_grid(filters: Tensor, scale: float, rgb: bool = True) -> Tensor:
-    """Filters [n, c, h, w] as one image, [1 or 3, H, W] in [0, 1]; weights of ``-scale`` are black, of ``scale`` white.
+def filter_grid(filters: Tensor, scale: float | None, rgb: bool = True) -> Tensor:
+    """Filters [n, c, h, w] as one image, [1 or 3, H, W] in [0, 1].
 
     With c = 1, or c = 3 and ``rgb``, the filters fill a grid; otherwise each is a row of its c channels.
+
+    Args:
+        filters: their weights.
+        scale: weights of ``-scale`` are black, of ``scale`` white; None gives each filter its own range of greys.
+        rgb: three channels are colours.
     """
-    values = (filters / (2 * scale) + 0.5).clamp(0, 1)
+    if scale is None:
+        low, high = filters.amin((1, 2, 3), keepdim=True), filters.amax((1, 2, 3), keepdim=True)
+        values = (filters - low) / (high - low).clamp_min(torch.finfo(filters.dtype).tiny)
+    else:
+        values = (filters / (2 * scale) + 0.5).clamp(0, 1)
     enlarge = max(1, _SIDE // max(filters.shape[2:]))
     values = F.interpolate(values, scale_factor=enlarge, mode="nearest")
     n, c, h, w = values.shape

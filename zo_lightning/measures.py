@@ -55,7 +55,7 @@ def norm(a: Tensors) -> dict[str, float]:
     return {name: math.sqrt(square) for name, square in _sums(a, a, lambda x, _: x @ x).items()}
 
 
-def mismatch(a: Tensors, b: Tensors, sides: tuple[str, str] = ("one side", "the other")) -> str | None:
+def mismatch(a: Tensors, b: Tensors, sides: tuple[str, str] = ("the first", "the second")) -> str | None:
     """In which name or shape two sides differ first, in words; None where they can be compared."""
     for name in (*a, *b):
         if name not in a or name not in b:

@@ -1,5 +1,6 @@
 """One small study for all tests of what comes after it."""
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,3 +48,8 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "fake"
     path.mkdir()
     return path
+
+
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished study, to do harm to."""
+    return Path(shutil.copytree(finished / "lightning_logs" / "tiny", tmp_path / "tiny"))

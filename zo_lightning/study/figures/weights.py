@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from torch import Tensor
 
+from zo_lightning.filters import filter_grid
 from zo_lightning.measures import WHOLE
 from zo_lightning.study.figures.style import (
     COLOURS,
@@ -115,17 +115,12 @@ def first_layer(results: Results, seed: int) -> Figure:
     blocks = np.array(figure.subfigures(rows, columns, squeeze=False)).ravel()
     for block, (net, filters) in zip(blocks, found.items(), strict=False):
         block.suptitle(size_title(net, results.nets[net]), fontsize=8)
-        grid = block.subplots(len(results.methods), shown[net], squeeze=False)
-        for row, method in zip(grid, results.methods, strict=True):
-            for axes in row:
-                axes.set(xticks=[], yticks=[])
-                axes.set_frame_on(False)
-            row[0].set_ylabel(method, rotation=0, ha="right", va="center", fontsize=7)
-            for axes, image in zip(row, _grey(filters.get(method)), strict=False):
-                axes.imshow(image, cmap="gray")
+        column = block.subplots(len(results.methods), squeeze=False)[:, 0]
+        for axes, method in zip(column, results.methods, strict=True):
+            axes.set(xticks=[], yticks=[])
+            axes.set_frame_on(False)
+            axes.set_ylabel(method, rotation=0, ha="right", va="center", fontsize=7)
+            if method in filters:  # averaged over channels
+                image = filter_grid(filters[method][: shown[net]].float().mean(1, keepdim=True), scale=None)[0]
+                axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     return figure
-
-
-def _grey(filters: Tensor | None) -> list[np.ndarray]:
-    """Filters [n, channels, height, width] as images, averaged over channels; none where there are no filters."""
-    return [] if filters is None else [image.mean(0).numpy() for image in filters]
