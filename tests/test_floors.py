@@ -17,6 +17,8 @@ FLOORS = {
     "layers": 0,
     "feedback": 0,
     "snapshots": 0,
+    "filters": 0,
+    "trajectories": 0,
     "perturbed": 1,
     "passes": 1,
     "evaluation": 2,

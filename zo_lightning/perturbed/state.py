@@ -58,6 +58,8 @@ class State:
     def loss_along(self, objective: Objective, weights: Weights, direction: Direction, distance: float) -> float:
         """The loss at ``x + distance · u``; memory is that of one tensor unless the direction holds its tensors.
 
+        The points require a gradient as the weights do: some of PyTorch's functions round differently by that alone.
+
         Raises:
             NonFiniteLoss: the loss is NaN or infinite.
         """
@@ -65,10 +67,10 @@ class State:
 
             def moved(position: int) -> Tensor:
                 u = direction[position]
-                return torch.add(weights[position].detach(), u, alpha=distance, out=u)
+                return torch.add(weights[position].detach(), u, alpha=distance, out=u).requires_grad_()
 
             return self.loss_at(objective, weights, Recent(weights, moved))
-        points = self.scratch("points", weights)
+        points = [point.requires_grad_() for point in self.scratch("points", weights)]
         torch._foreach_copy_(points, [p.detach() for p in weights])
         torch._foreach_add_(points, direction.held, alpha=distance)
         return self.loss_at(objective, weights, points.__getitem__)
