@@ -1,6 +1,7 @@
 """Every use of a weight is displaced, by any function and in any module; the weight itself is never written."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -85,7 +86,9 @@ def test_the_pass_equals_one_over_moved_weights_bit_for_bit(name: str, dtype: to
         value.copy_(before[key])
     for p, value in zip(weights, moved, strict=True):
         p.copy_(value)
-    assert torch.equal(displaced, net(*x))
+    # In evaluation mode attention has a path of its own, which PyTorch does not take where functions are watched.
+    with DisplacedWeights(weights, weights.__getitem__) if name == "transformer-fast-path" else nullcontext():
+        assert torch.equal(displaced, net(*x))
     assert watched.seen == set(range(len(weights)))
     assert not torch.equal(displaced, make().to(dtype)(*x)), "or nothing was displaced"
 

@@ -55,6 +55,7 @@ class State:
             _log.warning("no use of %s shows in a forward pass: moved in place for each, and put back", names)
         return loss if watched.seen | hidden >= set(new) else self.loss_at(objective, weights, value)
 
+    @torch.no_grad()
     def loss_along(self, objective: Objective, weights: Weights, direction: Direction, distance: float) -> float:
         """The loss at ``x + distance · u``; memory is that of one tensor unless the direction holds its tensors.
 

@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -191,15 +190,15 @@ _ASKS: set[Any] = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {get
 """What asks about a tensor without reading its numbers."""
 
 
-@cache
+_OPERATORS = frozenset(
+    f"__{name}__" for name in "setitem set iadd isub imul itruediv ifloordiv imod ipow iand ior".split()
+)
+
+
 def _writes(func: Callable[..., Any]) -> bool:
     """Whether a function writes into its first argument, by PyTorch's convention of names."""
     name = getattr(func, "__name__", "")
-    return (
-        (name.endswith("_") and not name.endswith("__"))
-        or (name.startswith("__i") and name != "__invert__")
-        or (name in ("__setitem__", "__set__"))
-    )
+    return name.endswith("_") and (not name.endswith("__") or name in _OPERATORS)
 
 
 class Recent:
