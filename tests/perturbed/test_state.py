@@ -27,13 +27,13 @@ def compiled() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
 
 def compiled_closure() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    net: Any = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     return net, torch.compile(net.forward, backend="eager")
 
 
 def through_numpy() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """A foreign loss that holds the memory of a weight, as a runtime with its own view of the net does."""
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    net: Any = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     raw = net[0].weight.detach().numpy()
 
     def forward(x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def through_numpy() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
 def numpy_each_time() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """A loss that asks a weight for its array each time: a use as any other."""
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    net: Any = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
     def forward(x: Tensor) -> Tensor:
         hidden = torch.from_numpy(x.numpy() @ net[0].weight.detach().numpy().T)

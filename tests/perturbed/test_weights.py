@@ -121,7 +121,7 @@ def test_writes_into_a_weight_within_the_pass_are_lost() -> None:
 
 @torch.no_grad()
 def test_weights_in_place_are_moved_and_come_back_bit_for_bit() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).bfloat16()
+    net: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).bfloat16()
     weights = Weights.of(net)
     before = [p.clone() for p in weights]
     raw = net[0].weight.detach()  # shares memory, as an array of NumPy does
@@ -169,9 +169,13 @@ def test_weights_of_code_that_cannot_be_watched() -> None:
     plain, scripted, compiled = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
     by_method = nn.Linear(2, 2)
     by_method.compile(backend="eager")
-    net = nn.ModuleDict(
-        {"a": plain, "b": torch.jit.script(scripted), "c": torch.compile(compiled, backend="eager"), "d": by_method}
-    )
+    modules: Any = {
+        "a": plain,
+        "b": torch.jit.script(scripted),
+        "c": torch.compile(compiled, backend="eager"),
+        "d": by_method,
+    }
+    net = nn.ModuleDict(modules)
     weights = Weights.of(net)
     assert {weights.names[k].split(".")[0] for k in weights.opaque} == {"b", "c", "d"}
     assert len(weights) == 8 and len(weights.opaque) == 6

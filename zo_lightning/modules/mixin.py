@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 from zo_lightning.estimators import Backprop, GradientEstimator, ZerothOrder
 from zo_lightning.estimators.base import step_by_tensor
@@ -332,7 +333,12 @@ class _TrainingStep(Objective):
             metrics = [metric for metric in self.module.modules() if isinstance(metric, Metric)]
             counts = [metric._update_count for metric in metrics]
             output = self.output = self.training_step()
-            self._touched = [m for m, count in zip(metrics, counts, strict=True) if m._update_count != count]
+            wrapped = {id(inner) for m in metrics if isinstance(m, WrapperMetric) for inner in m.modules()}
+            self._touched = [
+                metric
+                for metric, count in zip(metrics, counts, strict=True)
+                if metric._update_count != count or id(metric) in wrapped  # a wrapper does not count
+            ]
         return output
 
     def backpropagate(self, loss: Tensor) -> None:

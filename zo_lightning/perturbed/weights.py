@@ -190,9 +190,8 @@ _ASKS: set[Any] = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {get
 """What asks about a tensor without reading its numbers."""
 
 
-_OPERATORS = frozenset(
-    f"__{name}__" for name in "setitem set iadd isub imul itruediv ifloordiv imod ipow iand ior".split()
-)
+_OPERATORS = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+_OPERATORS |= {"__setitem__", "__set__"}
 
 
 def _writes(func: Callable[..., Any]) -> bool:
