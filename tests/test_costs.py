@@ -219,14 +219,21 @@ def test_a_step_that_cannot_be_watched_is_not_harmed(caplog: Any) -> None:
 
 
 def test_an_error_of_the_step_itself_comes_out_and_nothing_stays_open() -> None:
-    def step() -> None:
-        raise RuntimeError("my own")
+    def step(error: Exception | None) -> None:
+        torch.mm(torch.rand(1, 1), torch.rand(1, 1))
+        if error is not None:
+            raise error
 
     meter = FlopMeter()
+    for steps in (1, 2):  # watched, then replayed
+        with pytest.raises(ArithmeticError, match="NaN"):  # such a step is skipped; it has cost what it has
+            meter.run(lambda: step(ArithmeticError("NaN")), nn.Identity(), None)
+        assert meter.total == 2 * (3 * steps - 2)
+        for _ in range(2):
+            meter.run(lambda: step(None), nn.Identity(), None)
     with pytest.raises(RuntimeError, match="my own"):
-        meter.run(step, nn.Identity(), None)
+        FlopMeter().run(lambda: step(RuntimeError("my own")), nn.Identity(), None)
     assert not _get_current_dispatch_mode_stack()
-    assert meter.total == 0
 
 
 def test_script_modules_and_compiled_ones_are_not_harmed() -> None:

@@ -22,9 +22,9 @@ class FlopMeter:
 
     Steps of one kind cost the same: equal shapes and dtypes of all tensors of the batch (in lists, tuples, mappings and
     dataclasses), the same weights trainable, the same modules in training mode, the same ``context``. A kind is
-    measured with ``torch.utils.flop_counter`` until two of its steps in a row agree, as the first may hold an extra look
-    at the net; from then on the number is added, and nothing is in the way. Where eight steps found no agreement, as
-    with layers that choose their work by the data, their mean is added.
+    measured with ``torch.utils.flop_counter`` until two of its steps in a row agree, as the first may hold one more
+    look at the net; from then on the number is added, and nothing is in the way. Where eight steps found no agreement,
+    as with layers that choose their work by the data, their mean is added. A step that raises is counted as well.
 
     Counted is what multiplies matrices: products, convolutions, attention, recurrent layers, forward and backward.
     Arithmetic number by number is not, nor are random numbers. Modules that are added later are noticed when something
@@ -33,7 +33,7 @@ class FlopMeter:
     The module keeps its meter, and its state in checkpoints, so that a continued run counts as an uninterrupted one:
 
         loss = self._flops.run(lambda: estimator.backward(objective, self, step), self, batch)
-        self.log("budget/flops", self._flops.total)
+        self.log("budget/flops", self._flops.total)       # where it is finite
         checkpoint["flops"] = self._flops.state_dict()
 
     Measuring does not change what a step computes, with one exception: PyTorch's forward-mode derivatives choose other
@@ -75,7 +75,7 @@ class FlopMeter:
             return result
 
     def step(self, module: nn.Module, batch: Any, *context: Hashable) -> AbstractContextManager[None]:
-        """Count what happens inside, as ``run`` does, but without a second try. A step that raises is not counted."""
+        """Count what happens inside, as ``run`` does, but without a second try."""
         return self._counted(self._kind(module, batch, context))
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,15 +90,19 @@ class FlopMeter:
     @contextmanager
     def _counted(self, kind: "_Kind") -> Iterator[None]:
         if not self._is_open(kind):
-            yield
-            self.total += kind.flops
+            try:
+                yield
+            finally:
+                self.total += kind.flops
             return
-        with _Counter() as counter:
-            yield
-        flops = float(counter.get_total_flops())
-        kind.learn(flops)
-        self._modules = []  # to be listed again, as weights or modules may be new
-        self.total += flops
+        counter = _Counter()
+        try:
+            with counter:
+                yield
+            kind.learn(float(counter.get_total_flops()))
+        finally:
+            self.total += counter.get_total_flops()
+            self._modules = []  # to be listed again, as weights or modules may be new
 
     def _is_open(self, kind: "_Kind") -> bool:
         """Whether it is still to be measured what such a step costs."""
@@ -120,10 +124,12 @@ def uncounted() -> Iterator[None]:
     """Within a step that a ``FlopMeter`` measures: leave out what is no part of training, such as a diagnostic."""
     counters = [getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack()]
     before = [(counter, dict(counter.flop_counts["Global"])) for counter in counters if isinstance(counter, _Counter)]
-    yield
-    for counter, counts in before:
-        counter.flop_counts["Global"].clear()
-        counter.flop_counts["Global"].update(counts)
+    try:
+        yield
+    finally:
+        for counter, counts in before:
+            counter.flop_counts["Global"].clear()
+            counter.flop_counts["Global"].update(counts)
 
 
 @dataclass
