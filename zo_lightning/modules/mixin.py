@@ -1,6 +1,7 @@
 """Any LightningModule, trained by a gradient estimator."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
+from zo_lightning.costs import FlopMeter
 from zo_lightning.estimators import Backprop, GradientEstimator, ZerothOrder
 from zo_lightning.objective import NonFiniteLoss, Objective
 
@@ -57,6 +59,7 @@ class EstimatedGradient(_Module):
             a schedule that halves one then halves both.
         max_skipped_in_a_row: skipped steps in a row after which training stops.
         forward_passes: forward passes of a batch spent so far; backpropagation counts three per step.
+        flops: floating-point operations of the estimates so far, as ``FlopMeter`` counts them.
         skipped_steps: steps skipped so far.
         estimated_objective: while the optimizer steps, the loss whose gradient was estimated, for callbacks that ask it
             again in ``on_before_optimizer_step``; otherwise None.
@@ -77,9 +80,14 @@ class EstimatedGradient(_Module):
         self.automatic_optimization = False
         self.forward_passes = 0
         self.skipped_steps = 0
+        self._flops = FlopMeter()
         self.estimated_objective: Objective | None = None
         self._skipped_in_a_row = 0
         self._monitors: dict[int, _Monitor] = {}
+
+    @property
+    def flops(self) -> float:
+        return self._flops.total
 
     @property
     def mu(self) -> float | None:
@@ -95,7 +103,9 @@ class EstimatedGradient(_Module):
         step = super().training_step
         objective = _TrainingStep(lambda: step(*(batch, batch_idx)[: self._step_arity]), self)
         try:
-            loss = self._present_estimator().backward(objective, self, self.global_step)
+            estimator = self._present_estimator()
+            kind = type(estimator).__name__, getattr(estimator, "samples", 1)
+            loss = self._flops.run(lambda: estimator.backward(objective, self, self.global_step), self, batch, *kind)
         except NonFiniteLoss as error:
             self._skip(error)
         else:
@@ -158,6 +168,7 @@ class EstimatedGradient(_Module):
         super().on_save_checkpoint(checkpoint)
         checkpoint["estimated_gradient"] = {
             "forward_passes": self.forward_passes,
+            "flops": self._flops.state_dict(),
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
             "estimator": self.estimator.state_dict(self),
@@ -168,6 +179,7 @@ class EstimatedGradient(_Module):
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("estimated_gradient", {})
         self.forward_passes = saved.get("forward_passes", 0)
+        self._flops.load_state_dict(saved.get("flops", FlopMeter().state_dict()))
         self.skipped_steps = saved.get("skipped_steps", 0)
         self._skipped_in_a_row = saved.get("skipped_in_a_row", 0)
         if saved.get("estimator"):
@@ -249,6 +261,8 @@ class EstimatedGradient(_Module):
             "budget/forward_passes": float(self.forward_passes),
             "skipped_steps": float(self.skipped_steps),
         }
+        if math.isfinite(self.flops):
+            metrics["budget/flops"] = self.flops
         if self.mu is not None:
             metrics["mu"] = self.mu
         self.log_dict(metrics)
