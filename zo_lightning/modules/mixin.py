@@ -59,7 +59,6 @@ class EstimatedGradient(_Module):
             a schedule that halves one then halves both.
         max_skipped_in_a_row: skipped steps in a row after which training stops.
         forward_passes: forward passes of a batch spent so far; backpropagation counts three per step.
-        flops: floating-point operations of the estimates so far, as ``FlopMeter`` counts them.
         skipped_steps: steps skipped so far.
         estimated_objective: while the optimizer steps, the loss whose gradient was estimated, for callbacks that ask it
             again in ``on_before_optimizer_step``; otherwise None.
@@ -87,6 +86,7 @@ class EstimatedGradient(_Module):
 
     @property
     def flops(self) -> float:
+        """Floating-point operations spent so far; NaN where they cannot be counted."""
         return self._flops.total
 
     @property
@@ -111,7 +111,8 @@ class EstimatedGradient(_Module):
         else:
             self._skipped_in_a_row = 0
             objective.commit()
-            self._step(objective)
+            with self._flops.step(self, batch, "optimizer"):
+                self._step(objective)
             objective.replace_loss(loss)
         self.forward_passes += objective.forward_passes
         self._step_schedulers(batch_idx)
