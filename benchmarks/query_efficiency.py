@@ -219,7 +219,10 @@ def _cells(rows: list[Outcome]) -> str:
 
 
 def draw(known: Table, output: Path) -> None:
-    """Draw accuracy against floating-point operations, one panel per net, from the lowest seed to the highest."""
+    """Draw accuracy against floating-point operations, one panel per net, from the lowest seed to the highest.
+
+    Methods of equal cost stand beside each other, or their bars would hide each other.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -228,14 +231,21 @@ def draw(known: Table, output: Path) -> None:
 
     groups = grouped({key: row for key, row in known.items() if row.flops})
     figure, panels = plt.subplots(
-        1, len(groups), figsize=(4.6 * len(groups) + 2.6, 4.2), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(groups),
+        figsize=(4.6 * len(groups) + 2.6, 4.2),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axes, (net, by_method) in zip(panels[0], groups.items(), strict=True):
-        for name, colour, marker in zip(METHODS, COLOURS, MARKERS, strict=True):
+        for index, (name, colour, marker) in enumerate(zip(METHODS, COLOURS, MARKERS, strict=True)):
             by_budget = by_method.get(name, {}).values()
             if not by_budget:
                 continue
-            spent = [mean(row.flops or 0 for row in rows) for rows in by_budget]
+            beside = 1.02 ** (index - len(METHODS) / 2)
+            spent = [beside * mean(row.flops or 0 for row in rows) for rows in by_budget]
             accuracies = [[row.accuracy for row in rows] for rows in by_budget]
             middle = [mean(values) for values in accuracies]
             errors = [

@@ -286,6 +286,11 @@ def test_kernels_that_the_counter_does_not_know() -> None:
     batched = a.expand(5, 2, 3), b.expand(5, 3, 4)
     for work in (lambda: torch.zeros(5, 2, 4).baddbmm_(*batched), lambda: torch.zeros(2, 4).addbmm_(*batched)):
         assert count(work) == 5 * 48
+    spd, b = torch.eye(6), torch.ones(6, 3)
+    assert count(lambda: torch.linalg.cholesky(spd)) == 6**3 / 3
+    for work in (lambda: torch.cholesky_solve(b, spd), lambda: torch.linalg.solve(spd, b)):
+        assert count(work) >= 2 * 6 * 6 * 3  # two triangular systems, each half a product
+    assert count(lambda: torch.linalg.solve_triangular(spd, b, upper=True)) == 6 * 6 * 3
 
 
 def test_replaying_costs_little() -> None:

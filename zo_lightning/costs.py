@@ -26,9 +26,9 @@ class FlopMeter:
     look at the net; from then on the number is added, and nothing is in the way. Where eight steps found no agreement,
     as with layers that choose their work by the data, their mean is added. A step that raises is counted as well.
 
-    Counted is what multiplies matrices: products, convolutions, attention, recurrent layers, forward and backward.
-    Arithmetic number by number is not, nor are random numbers. Modules that are added later are noticed when something
-    else has changed too.
+    Counted is what multiplies matrices: products, convolutions, attention, recurrent layers, forward and backward, and
+    linear systems. Arithmetic number by number is not, nor are random numbers, nor decompositions but Cholesky's.
+    Modules that are added later are noticed when something else has changed too.
 
     The module keeps its meter, and its state in checkpoints, so that a continued run counts as an uninterrupted one:
 
@@ -204,6 +204,10 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     **dict.fromkeys((aten.addmm_, aten.baddbmm_, aten.addbmm, aten.addbmm_), _product),
     **dict.fromkeys((aten.mv, aten.dot, aten.vdot), _vector),
     **dict.fromkeys((aten.addmv, aten.addmv_), lambda out, a, v, **_: 2 * prod(a)),
+    aten.linalg_cholesky_ex: lambda a, *_, **__: prod(a) * a[-1] // 3,
+    aten.cholesky_solve: lambda b, *_, **__: 2 * prod(b) * b[-2],
+    aten.linalg_solve_triangular: lambda a, b, *_, **__: prod(b) * a[-1],
+    aten._linalg_solve_ex: lambda a, b, *_, **__: 2 * prod(a) * a[-1] // 3 + 2 * prod(b) * a[-1],
     **dict.fromkeys((aten.mkldnn_rnn_layer, aten._cudnn_rnn), _recurrent),
     **dict.fromkeys((aten.mkldnn_rnn_layer_backward, aten._cudnn_rnn_backward), lambda *a, **_: 2 * _recurrent(*a)),
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
