@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "zo_lightning"
 FLOORS = {
     "directions": 0,
     "stencils": 0,
+    "costs": 0,
     "objective": 0,
     "optim": 0,
     "nets": 0,
