@@ -1,19 +1,23 @@
-"""Test accuracy of every estimator at equal numbers of forward passes of 128 images.
+"""Test accuracy of every estimator after equal numbers of forward passes, and what it has cost: operations, seconds.
 
     python benchmarks/query_efficiency.py --root ../shared/data --budgets 1000 9380 --nets digits mnist-1k
-    python benchmarks/query_efficiency.py --figure docs/query_efficiency.png
+    python benchmarks/query_efficiency.py --count --figure docs/query_efficiency.png
 
 Each accuracy is a row of the table file and is appended as soon as it is known; what is there already is not trained
-again, so a run that was stopped is continued by the same command. A backward pass counts two forward passes. The
-learning rates were chosen on held-out images at one budget each and decay to 0 at every budget. The net on the digits
-is one that no method was tuned on.
+again, so a run that was stopped is continued by the same command. A budget is in forward passes of 128 images, of which
+a backward pass counts two; what a step really costs is in the columns ``flops`` (floating-point operations of all
+training steps) and ``seconds`` (of training; empty where they were not measured). The learning rates were chosen on
+held-out images at one budget each and decay to 0 at every budget. The net on the digits is one that no method was tuned
+on.
 """
 
 import argparse
+import copy
 import csv
 import itertools
 import logging
 import sys
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning import LightningDataModule, Trainer, seed_everything
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from zo_lightning import (
@@ -42,6 +47,7 @@ from zo_lightning import (
     SmallCNN,
     ZerothOrder,
 )
+from zo_lightning.costs import FlopMeter
 from zo_lightning.data import MNIST, Digits
 
 
@@ -52,6 +58,18 @@ class Method(NamedTuple):
     optimizer: Callable[..., torch.optim.Optimizer]
     passes: float  # of a batch, each step
     batch_size: int = 128
+
+    def steps(self, budget: int) -> int:
+        """As many as a budget pays for."""
+        return max(1, int(budget * 128 / (self.passes * self.batch_size)))
+
+
+class Outcome(NamedTuple):
+    """What a training has brought and cost; None: not measured."""
+
+    accuracy: float
+    flops: float | None
+    seconds: float | None
 
 
 _ADAM = partial(torch.optim.Adam, betas=(0.9, 0.99))
@@ -81,14 +99,16 @@ NETS: dict[str, Callable[[], torch.nn.Module]] = {
     "mnist-2.8M": lambda: ScalableCNN(119.88888888888889),
 }
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's
-COLUMNS = ("net", "method", "budget", "seed", "accuracy")
+MARKERS = "osv^DPX*"
+COLUMNS = ("net", "method", "budget", "seed", "accuracy", "flops", "seconds")
 Key = tuple[str, str, int, int]
+Table = dict[Key, Outcome]
 
 
-def accuracy(net: str, method: Method, budget: int, seed: int, root: Path) -> float:
+def outcome(net: str, method: Method, budget: int, seed: int, root: Path) -> Outcome:
     """Train for ``budget`` forward passes of 128 images, and test."""
     seed_everything(seed, verbose=False)
-    steps = max(1, int(budget * 128 / (method.passes * method.batch_size)))
+    steps = method.steps(budget)
     model = Classifier(
         NETS[net](),
         method.estimator,
@@ -103,90 +123,148 @@ def accuracy(net: str, method: Method, budget: int, seed: int, root: Path) -> fl
     )
     quiet: dict[str, Any] = {f"enable_{what}": False for what in ("checkpointing", "model_summary", "progress_bar")}
     trainer = Trainer(accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, limit_val_batches=0, **quiet)
+    began = time.perf_counter()
     trainer.fit(model, data)
-    return trainer.test(model, data, verbose=False)[0]["test/acc"]
+    seconds = time.perf_counter() - began
+    return Outcome(trainer.test(model, data, verbose=False)[0]["test/acc"], model.flops, seconds)
 
 
-def read(path: Path) -> dict[Key, float]:
-    """The accuracies that are known."""
+def flops(net: str, method: Method, budget: int) -> float:
+    """What ``outcome`` would count, without training: from one step of each kind, as often as it occurs."""
+    module, meter, estimator = NETS[net](), FlopMeter(), copy.deepcopy(method.estimator)
+    examples = 1433 if net == "digits" else 60000
+
+    def step(size: int, index: int) -> float:
+        images, labels, before = torch.rand(size, 1, 28, 28), torch.arange(size) % 10, meter.total
+        meter.run(
+            lambda: estimator.backward(
+                lambda: F.cross_entropy(module(images), labels, reduction="none"), module, index
+            ),
+            module,
+            images,
+        )
+        return meter.total - before
+
+    first, *_, whole = [step(method.batch_size, index) for index in range(3)]  # the first can hold a look at the net
+    in_epoch, rest = divmod(examples, method.batch_size)
+    steps = method.steps(budget)
+    smaller = steps // (in_epoch + 1) if rest else 0
+    return first + (steps - 1 - smaller) * whole + (smaller * step(rest, 3) if smaller else 0)
+
+
+def read(path: Path) -> Table:
+    """What is known."""
     if not path.exists():
         return {}
     with path.open(newline="") as file:
         return {
-            (row["net"], row["method"], int(row["budget"]), int(row["seed"])): float(row["accuracy"])
+            (row["net"], row["method"], int(row["budget"]), int(row["seed"])): Outcome(
+                float(row["accuracy"]),
+                *(float(row[column]) if row.get(column) else None for column in ("flops", "seconds")),
+            )
             for row in csv.DictReader(file)
         }
 
 
-def append(path: Path, key: Key, value: float) -> None:
-    """Add an accuracy to the table."""
+def write(path: Path, table: Table) -> None:
+    """Write a table, or append to one."""
     is_new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if is_new:
             writer.writerow(COLUMNS)
-        writer.writerow((*key, f"{value:.4f}"))
+        for key, (accuracy, operations, seconds) in table.items():
+            cost = "" if operations is None else f"{operations:.0f}", "" if seconds is None else f"{seconds:.1f}"
+            writer.writerow((*key, f"{accuracy:.4f}", *cost))
 
 
-def grouped(known: dict[Key, float]) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """The accuracies of all seeds by net, method and budget."""
-    groups: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
-    for (net, method, budget, _), value in sorted(known.items(), key=lambda item: (list(NETS).index(item[0][0]), item)):
-        groups[net][method].setdefault(budget, []).append(value)
+def count(path: Path, table: Table) -> None:
+    """Fill in the operations of rows that lack them."""
+    missing = sorted({key[:3] for key, row in table.items() if row.flops is None})
+    found = {key: flops(key[0], METHODS[key[1]], key[2]) for key in tqdm(missing, disable=not missing)}
+    table |= {key: row._replace(flops=found[key[:3]]) for key, row in table.items() if row.flops is None}
+    path.unlink()
+    write(path, table)
+
+
+def grouped(known: Table) -> dict[str, dict[str, dict[int, list[Outcome]]]]:
+    """The outcomes of all seeds by net, method and budget."""
+    groups: dict[str, dict[str, dict[int, list[Outcome]]]] = defaultdict(lambda: defaultdict(dict))
+    for (net, method, budget, _), row in sorted(known.items(), key=lambda item: (list(NETS).index(item[0][0]), item)):
+        groups[net][method].setdefault(budget, []).append(row)
     return groups
 
 
-def show(known: dict[Key, float]) -> None:
-    """Print mean and standard deviation over the seeds, as a table in Markdown."""
+def show(known: Table) -> None:
+    """Print mean and standard deviation over the seeds, and the cost, as a table in Markdown for each net."""
     for net, by_method in grouped(known).items():
         budgets = sorted({budget for by_budget in by_method.values() for budget in by_budget})
-        print(
-            f"\n| {net} | " + " | ".join(f"{budget:,}" for budget in budgets) + " |\n|---" + "|---" * len(budgets) + "|"
-        )
+        head = " | ".join(f"{budget:,}: accuracy | TFLOP | seconds" for budget in budgets)
+        print(f"\n| {net} | {head} |\n|---" + "|---" * 3 * len(budgets) + "|")
         for method in METHODS:
             cells = [by_method.get(method, {}).get(budget, []) for budget in budgets]
-            print(f"| {method} | " + " | ".join(map(_cell, cells)) + " |")
+            print(f"| {method} | " + " | ".join(map(_cells, cells)) + " |")
 
 
-def _cell(values: list[float]) -> str:
-    spread = f" ± {stdev(values):.3f} ({len(values)})" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{spread}" if values else "–"
+def _cells(rows: list[Outcome]) -> str:
+    if not rows:
+        return "– | – | –"
+    accuracies = [row.accuracy for row in rows]
+    spread = f" ± {stdev(accuracies):.3f} ({len(rows)})" if len(rows) > 1 else ""
+    operations = [row.flops / 1e12 for row in rows if row.flops is not None]
+    seconds = [row.seconds for row in rows if row.seconds is not None]
+    cost = f"{mean(operations):.3g}" if operations else "–", f"{mean(seconds):.0f}" if seconds else "–"
+    return " | ".join((f"{mean(accuracies):.3f}{spread}", *cost))
 
 
-def draw(known: dict[Key, float], output: Path) -> None:
-    """Draw accuracy against forward passes, one panel per net, from the lowest seed to the highest.
+def draw(known: Table, output: Path) -> None:
+    """Draw accuracy against floating-point operations, one panel per net, from the lowest seed to the highest.
 
-    Methods stand beside each other at the same budget, or their bars would hide each other.
+    Methods of equal cost stand beside each other, or their bars would hide each other.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    groups = grouped(known)
+    groups = grouped({key: row for key, row in known.items() if row.flops})
     figure, panels = plt.subplots(
-        1, len(groups), figsize=(4.6 * len(groups) + 2.6, 4.2), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(groups),
+        figsize=(4.6 * len(groups) + 2.6, 4.2),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axes, (net, by_method) in zip(panels[0], groups.items(), strict=True):
-        for index, (name, colour, marker) in enumerate(zip(METHODS, COLOURS, "osv^DPX*", strict=True)):
-            by_budget = by_method.get(name, {})
+        for index, (name, colour, marker) in enumerate(zip(METHODS, COLOURS, MARKERS, strict=True)):
+            by_budget = by_method.get(name, {}).values()
             if not by_budget:
                 continue
-            beside = 1.07 ** (index - len(METHODS) / 2)
-            budgets = [budget * beside for budget in by_budget]
-            middle = [mean(values) for values in by_budget.values()]
-            low, high = ([f(values) for values in by_budget.values()] for f in (min, max))
+            beside = 1.02 ** (index - len(METHODS) / 2)
+            spent = [beside * mean(row.flops or 0 for row in rows) for rows in by_budget]
+            accuracies = [[row.accuracy for row in rows] for rows in by_budget]
+            middle = [mean(values) for values in accuracies]
             errors = [
-                [m - a for m, a in zip(middle, low, strict=True)],
-                [b - m for m, b in zip(middle, high, strict=True)],
+                [m - min(values) for m, values in zip(middle, accuracies, strict=True)],
+                [max(values) - m for m, values in zip(middle, accuracies, strict=True)],
             ]
-            axes.errorbar(budgets, middle, errors, color=colour, marker=marker, capsize=3, label=name)
-        ticks = sorted({budget for by_budget in by_method.values() for budget in by_budget})
-        axes.set(xscale="log", xlabel="forward passes of 128 images", title=net)
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
+            axes.errorbar(spent, middle, errors, color=colour, marker=marker, capsize=3, label=name)
+        axes.set(xscale="log", title=net, ylim=(0, 1))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
+    budgets = sorted({key[2] for key in known})
+    figure.supxlabel(
+        "floating-point operations of training; each method after the same "
+        + " and ".join(f"{budget:,}" for budget in budgets)
+        + " forward passes of 128 images",
+        fontsize="medium",
+    )
     panels[0][0].set_ylabel("test accuracy")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
@@ -203,6 +281,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--root", type=Path, default=Path("data"), help="of MNIST")
     parser.add_argument("--table", type=Path, default=Path("docs/query_efficiency.csv"))
+    parser.add_argument("--count", action="store_true", help="fill in the operations of rows that lack them")
     parser.add_argument("--figure", type=Path, help="draw the table into this file")
     options = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -215,8 +294,11 @@ def main() -> None:
     missing = [key for key in missing if key not in known]
     for net, method, budget, seed in (bar := tqdm(missing, disable=not missing)):
         bar.set_description(f"{net}, {method}, {budget}")
-        known[net, method, budget, seed] = accuracy(net, METHODS[method], budget, seed, options.root)
-        append(options.table, (net, method, budget, seed), known[net, method, budget, seed])
+        row = {(net, method, budget, seed): outcome(net, METHODS[method], budget, seed, options.root)}
+        write(options.table, row)
+        known |= row
+    if options.count and known:
+        count(options.table, known)
     show(known)
     if options.figure:
         draw(known, options.figure)

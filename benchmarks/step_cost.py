@@ -1,9 +1,11 @@
-"""What a training step costs beside its forward passes: all of ``Trainer.fit``, as a ratio from one run.
+"""What a training step costs beside its forward passes, as ratios from one run: in a plain loop, in ``Trainer.fit``.
 
-The denominator is the same batch through the same net under ``no_grad``, loss included, as many times as the estimator
-asks. The two are timed in turns within one process, so that the machine's moods meet both; medians are compared.
+A plain step is ``estimator.backward``, ``optimizer.step`` and ``zero_grad``. The denominator is the same batch through
+the same net under ``no_grad``, loss included, as many times as the estimator asks; for ``PerExample`` in the plain loop
+it is a plain step of backpropagation. The two are timed in turns within one process, so that the machine's moods meet
+both; medians are compared. Beside them stand the step's floating-point operations, in forward passes of the batch.
 
-    python benchmarks/step_cost.py [--steps 300] [--threads 2] [--scales 0.1112 12.34 119.9]
+    python benchmarks/step_cost.py [--modes plain fit] [--steps 300] [--threads 2] [--scales 0.1112 12.34 119.9]
 """
 
 import argparse
@@ -13,9 +15,11 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pytorch_lightning import Callback, Trainer
@@ -23,15 +27,38 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.nn import functional as F
 
-from zo_lightning import Backprop, Classifier, GradientEstimator, Rademacher, ScalableCNN, ZerothOrder
+from zo_lightning import (
+    AdaMM,
+    Backprop,
+    Classifier,
+    GradientEstimator,
+    PerExample,
+    Rademacher,
+    ScalableCNN,
+    ZerothOrder,
+)
+from zo_lightning.costs import FlopMeter
 from zo_lightning.data.batches import TensorBatches
 
 BATCH = 128
-METHODS: dict[str, tuple[GradientEstimator, int]] = {
-    "sphere, central, 1 direction": (ZerothOrder(seed=0), 2),
-    "Rademacher, central, 1 direction": (ZerothOrder(Rademacher(), seed=0), 2),
-    "sphere, central, 8 directions": (ZerothOrder(samples=8, seed=0), 16),
-    "backpropagation": (Backprop(), 1),
+
+
+class Method(NamedTuple):
+    """An estimator, the forward passes it asks for, and the optimizer that steps in the plain loop."""
+
+    estimator: GradientEstimator
+    forwards: int
+    optimizer: Callable[..., torch.optim.Optimizer] = AdaMM
+    beside_backpropagation: bool = False
+
+
+METHODS = {
+    "sphere, central, 1 direction": Method(ZerothOrder(seed=0), 2),
+    "Rademacher, central, 1 direction": Method(ZerothOrder(Rademacher(), seed=0), 2),
+    "Rademacher, central, SGD": Method(ZerothOrder(Rademacher(), seed=0), 2, partial(torch.optim.SGD, lr=1e-4)),
+    "sphere, central, 8 directions": Method(ZerothOrder(samples=8, seed=0), 16),
+    "backpropagation": Method(Backprop(), 1, torch.optim.Adam),
+    "PerExample": Method(PerExample(seed=0), 2, torch.optim.Adam, beside_backpropagation=True),
 }
 
 
@@ -62,11 +89,11 @@ class Stopwatch(Callback):
         return time.perf_counter() - start
 
 
-def measure(estimator: GradientEstimator, forwards: int, scale: float, steps: int) -> tuple[float, float]:
-    """The median milliseconds of one whole step, and of its bare forward passes."""
+def in_fit(method: Method, scale: float, steps: int) -> tuple[float, float]:
+    """The median milliseconds of one whole step of ``Trainer.fit``, and of its bare forward passes."""
     torch.manual_seed(0)
     images, labels = torch.rand(steps * BATCH // 4, 1, 28, 28), torch.randint(10, (steps * BATCH // 4,))
-    watch = Stopwatch(forwards)
+    watch = Stopwatch(method.forwards)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",
@@ -78,13 +105,69 @@ def measure(estimator: GradientEstimator, forwards: int, scale: float, steps: in
             enable_checkpointing=False,
             enable_model_summary=False,
         )
-        trainer.fit(Classifier(ScalableCNN(scale), estimator), TensorBatches(images, labels, BATCH))
+        trainer.fit(Classifier(ScalableCNN(scale), method.estimator), TensorBatches(images, labels, BATCH))
     return median(watch.steps[watch.warmup :]) * 1e3, median(watch.bare[2:]) * 1e3
+
+
+def in_a_plain_loop(method: Method, scale: float, steps: int, warmup: int = 20) -> tuple[float, float]:
+    """The median milliseconds of one step, and of its forward passes or of backpropagation's step."""
+    step = plain_step(method, scale)
+    beside = plain_step(METHODS["backpropagation"], scale) if method.beside_backpropagation else bare(method, scale)
+    times: tuple[list[float], list[float]] = [], []
+    for index in range(warmup + steps):
+        for work, into in zip((step, beside), times, strict=True):
+            began = time.perf_counter()
+            work(index)
+            into.append(time.perf_counter() - began)
+    return median(times[0][warmup:]) * 1e3, median(times[1][warmup:]) * 1e3
+
+
+def plain_step(method: Method, scale: float) -> Callable[[int], object]:
+    """A training step as one would write it without Lightning."""
+    net, images, labels = task(scale)
+    optimizer = method.optimizer(net.parameters())
+
+    def step(index: int) -> None:
+        method.estimator.backward(lambda: F.cross_entropy(net(images), labels, reduction="none"), net, index)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def bare(method: Method, scale: float) -> Callable[[int], object]:
+    """The forward passes alone."""
+    net, images, labels = task(scale)
+
+    @torch.no_grad()
+    def passes(_: int) -> None:
+        for _ in range(method.forwards):
+            F.cross_entropy(net(images), labels).item()
+
+    return passes
+
+
+def task(scale: float) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """A net and a batch, always the same."""
+    torch.manual_seed(0)
+    return ScalableCNN(scale), torch.rand(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
+
+
+def operations(work: Callable[[int], object]) -> float:
+    """The floating-point operations of one step, once it has settled."""
+    meter, each = FlopMeter(), []
+    for index in range(4):
+        before = meter.total
+        with meter.step(torch.nn.Identity(), None, index):
+            work(index)
+        each.append(meter.total - before)
+    return each[-1]
 
 
 def main() -> None:
     """Print a table, and the same as CSV on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="(default: both)")
     parser.add_argument("--steps", type=int, default=300, help="steps per measurement (default: 300)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
     parser.add_argument("--scales", type=float, nargs="+", default=[1 / 9, 12.3333, 120 - 1 / 9], help="of ScalableCNN")
@@ -96,20 +179,33 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
 
     rows = []
-    print(f"{'d':>9}  {'method':<34}{'step':>9}{'bare forward passes':>28}{'ratio':>8}")
+    print(f"{'d':>9}  {'method':<34}{'mode':<7}{'step':>10}{'over':>26}{'ratio':>12}{'operations, in passes':>24}")
     for scale in options.scales:
         d = sum(p.numel() for p in ScalableCNN(scale).parameters())
         for name in options.methods:
-            estimator, forwards = METHODS[name]
-            step, bare = measure(estimator, forwards, scale, options.steps)
-            rows.append((d, name, round(step, 3), forwards, round(bare, 3), round(step / bare, 3)))
-            print(f"{d:>9}  {name:<34}{step:>6.2f} ms{forwards:>15} in {bare:>6.2f} ms{step / bare:>8.2f}", flush=True)
+            method = METHODS[name]
+            passes = operations(plain_step(method, scale)) / operations(bare(Method(Backprop(), 1), scale))
+            for mode in options.modes:
+                over = (
+                    "backpropagation's step"
+                    if mode == "plain" and method.beside_backpropagation
+                    else f"{method.forwards} forward passes"
+                )
+                step, other = MODES[mode](method, scale, options.steps)
+                rows.append((d, name, mode, round(step, 3), over, round(other, 3), round(step / other, 3), passes))
+                print(
+                    f"{d:>9}  {name:<34}{mode:<7}{step:>7.2f} ms{over:>24}{other:>8.2f} ms{step / other:>6.2f}"
+                    f"{passes:>14.2f}",
+                    flush=True,
+                )
     if options.csv:
         with options.csv.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(("d", "method", "step_ms", "forward_passes", "bare_ms", "ratio"))
+            writer.writerow(("d", "method", "mode", "step_ms", "over", "over_ms", "ratio", "flops_in_forward_passes"))
             writer.writerows(rows)
 
+
+MODES = {"plain": in_a_plain_loop, "fit": in_fit}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from zo_lightning.directions import Coordinate, Gaussian, LowRank, Rademacher, Sphere, mix
+from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere, mix
 
 
 def test_sphere_has_norm_root_d() -> None:
@@ -78,3 +78,48 @@ def test_bad_arguments() -> None:
         LowRank(rank=0)
     with pytest.raises(ValueError, match="draw_on must be 'cpu' or 'device', got 'gpu'"):
         Gaussian(draw_on="gpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "u", [Gaussian(), Sphere(), Rademacher(), Coordinate(), LowRank()], ids=lambda u: type(u).__name__
+)
+def test_both_parts_of_a_complex_weight_get_numbers(u: Directions) -> None:
+    weights = [torch.zeros(2, 2, dtype=torch.complex64), torch.zeros(3)]
+    draws = torch.stack(
+        [
+            torch.cat([torch.view_as_real(a).flatten(), b])
+            for a, b in (u.draw(weights, 0, step, 0).tensors() for step in range(3000))
+        ]
+    )
+    # As in law 1: five standard deviations of a mean of products, whose fourth moment is at most 11 (Coordinate: d).
+    assert torch.allclose(draws.T @ draws / 3000, torch.eye(11), rtol=0, atol=5 * (11 / 3000) ** 0.5)
+
+
+@pytest.mark.parametrize("u", [Gaussian(), Sphere(), Rademacher(), LowRank()], ids=lambda u: type(u).__name__)
+def test_a_row_that_stands_still_gets_no_numbers(u: Directions) -> None:
+    weights = [torch.zeros(4, 3), torch.zeros(5)]
+    direction = u.draw(weights, 0, 0, 0, still={0: 2})
+    rows = direction.tensors()[0]
+    assert not rows[2].any() and rows[[0, 1, 3]].all()
+    assert direction.d == 14
+    assert torch.equal(u.draw(weights, 0, 0, 0, still={0: 2})[0], rows)
+    if isinstance(u, Sphere):
+        norm = float(torch.cat([t.flatten() for t in direction.tensors()]).norm())
+        assert norm == pytest.approx(14**0.5)
+
+
+def test_a_direction_has_the_strides_of_its_weights() -> None:
+    channels_last = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    transposed = torch.zeros(3, 4).T
+    plain = [torch.zeros(2, 3, 4, 5), torch.zeros(4, 3)]
+    for u in (Gaussian(), Sphere(), Rademacher()):
+        drawn = u.draw([channels_last, transposed], 0, 0, 0).tensors()
+        assert [t.stride() for t in drawn] == [channels_last.stride(), transposed.stride()]
+        for a, b in zip(drawn, u.draw(plain, 0, 0, 0).tensors(), strict=True):
+            assert torch.equal(a, b), "the numbers do not depend on the strides"
+
+
+def test_the_first_argument_of_a_low_rank_direction_is_its_rank() -> None:
+    assert LowRank(2) == LowRank(rank=2)
+    with pytest.raises(TypeError):
+        Gaussian("device")  # type: ignore[misc]

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "zo_lightning"
 FLOORS = {
     "directions": 0,
     "stencils": 0,
+    "costs": 0,
     "objective": 0,
     "optim": 0,
     "nets": 0,
@@ -17,6 +18,8 @@ FLOORS = {
     "layers": 0,
     "feedback": 0,
     "snapshots": 0,
+    "filters": 0,
+    "trajectories": 0,
     "perturbed": 1,
     "passes": 1,
     "evaluation": 2,

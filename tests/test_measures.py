@@ -89,9 +89,9 @@ def test_nothing_is_lost_in_the_precision_of_the_tensors() -> None:
 
 @pytest.mark.parametrize("measure", [cosine, l2_distance, norm_ratio, matched])
 def test_what_cannot_be_compared_is_named(measure: Callable[..., object]) -> None:
-    with pytest.raises(ValueError, match=r"w has shapes \(2,\) and \(3,\)"):
+    with pytest.raises(ValueError, match=r"w has shape \(2,\) in the first and \(3,\) in the second"):
         measure({"w": torch.ones(2)}, {"w": torch.ones(3)})
-    with pytest.raises(ValueError, match="only one side has v"):
+    with pytest.raises(ValueError, match="only the second has v"):
         measure({"w": torch.ones(2)}, {"w": torch.ones(2), "v": torch.ones(2)})
 
 

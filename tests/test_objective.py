@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from zo_lightning.directions import Rademacher
 from zo_lightning.estimators import ZerothOrder
 from zo_lightning.objective import NonFiniteLoss, Objective
 
@@ -92,3 +93,90 @@ def test_the_loss_of_each_example() -> None:
         Objective(lambda: torch.tensor(1.0), nn.Linear(1, 1)).losses()
     with pytest.raises(NonFiniteLoss):
         Objective(lambda: torch.tensor([1.0, float("nan")]), nn.Linear(1, 1)).losses()
+
+
+class MomentumEncoder(nn.Module):
+    """Frozen weights that follow the trained ones, within the training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.online, self.slow = nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(False)
+        self.asked = 0
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
+        with torch.no_grad():
+            for slow, online in zip(self.slow.parameters(), self.online.parameters(), strict=True):
+                slow.data.mul_(0.9)
+                slow.add_(online.detach(), alpha=0.1)
+        return F.mse_loss(self.online(x), self.slow(x))
+
+
+def test_frozen_weights_that_the_loss_moves_are_moved_once_a_step() -> None:
+    x = torch.randn(4, 3)
+    net, plain = MomentumEncoder(), MomentumEncoder()
+    objective = Objective(lambda: net.loss(x), net)
+    estimator, state = ZerothOrder(samples=3, seed=0), ZerothOrder().init(net)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    estimator.backward(objective, net, 0, state)
+    assert net.asked == 6
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters()), (
+        "as a probe finds them, it leaves them"
+    )
+    objective.commit()
+    plain.loss(x)
+    slow = zip(net.slow.parameters(), plain.slow.parameters(), strict=True)
+    # The first probe saw weights that were displaced by 1e-3, of which a tenth went into the slow ones.
+    assert all(
+        torch.allclose(a, b, rtol=0, atol=5e-4) and not torch.equal(a, p)
+        for (a, b), p in zip(slow, (before["slow.weight"], before["slow.bias"]), strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_are_bit_identical_after_a_thousand_probes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+    x, before = torch.randn(3, 5, dtype=dtype), [p.detach().clone() for p in net.parameters()]
+    estimator, state = ZerothOrder(seed=0), ZerothOrder().init(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    for step in range(500):
+        estimator.backward(lambda: net(x).float().square().mean(), net, step, state)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+def test_weights_whose_shapes_come_with_the_first_pass() -> None:
+    net = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(2))
+    objective = Objective(lambda: net(torch.ones(3, 5)).sum(), net)
+    ZerothOrder(seed=0).backward(objective, net, 0)
+    assert [p.shape for p in net.parameters()] == [(4, 5), (4,), (2, 4), (2,)]
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+    assert objective.forward_passes == 3
+
+
+def test_complex_weights_are_trained_in_both_parts() -> None:
+    torch.manual_seed(0)
+    net: Any = nn.Module()
+    net.w = nn.Parameter(torch.randn(2, dtype=torch.complex128))
+    estimator, state = ZerothOrder(Rademacher(), samples=4, seed=0), ZerothOrder().init(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
+    target = torch.tensor([1 + 2j, -1j], dtype=torch.complex128)
+    for step in range(300):
+        estimator.backward(lambda: (net.w - target).abs().square().sum(), net, step, state)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.allclose(net.w.detach(), target, atol=1e-3)
+
+
+def test_a_padding_row_stays_where_it_is() -> None:
+    net = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Flatten(), nn.Linear(6, 2))
+    x, y = torch.tensor([[0, 1], [2, 0]]), torch.tensor([0, 1])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(20):
+        ZerothOrder(seed=0).backward(lambda: F.cross_entropy(net(x), y), net, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not net[0].weight[0].any() and bool((net[0].weight[1:] != 0).all())  # type: ignore[index]

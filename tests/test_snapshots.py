@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zo_lightning.snapshots import continue_snapshots, read_snapshots, write_snapshot
+from zo_lightning.snapshots import continue_snapshots, read_snapshots, snapshots_by_epoch, write_snapshot
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -27,6 +27,13 @@ def test_snapshots_come_in_the_order_of_their_steps(tmp_path: Path) -> None:
         write_snapshot(tmp_path, {"a": torch.ones(1)}, step, epoch=1, within_epoch=step == 20)
     (tmp_path / "notes.safetensors").touch()  # somebody else's
     assert [(s.step, s.within_epoch) for s in read_snapshots(tmp_path)] == [(3, False), (20, True), (100, False)]
+
+
+def test_by_epoch_only_whole_epochs_count(tmp_path: Path) -> None:
+    for step, epoch, within in ((0, 0, False), (3, 0, True), (6, 1, False), (9, 1, True)):
+        write_snapshot(tmp_path, {"a": torch.ones(1)}, step, epoch, within)
+    assert {epoch: snapshot.step for epoch, snapshot in snapshots_by_epoch(tmp_path).items()} == {0: 0, 1: 6}
+    assert snapshots_by_epoch(tmp_path / "nowhere") == {}
 
 
 def test_a_step_has_one_snapshot(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from zo_lightning.callbacks.weight_similarity import check_reference
 from zo_lightning.cli_errors import UserError, explain_parsing, innermost
 from zo_lightning.data import InMemoryDataModule
+from zo_lightning.measures import mismatch
 from zo_lightning.modules import Classifier, TrainingDiverged
 from zo_lightning.study.command import COMMANDS, report, study
-from zo_lightning.study.runs import FINISHED
+from zo_lightning.study.folder import FINISHED
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 
@@ -238,13 +239,5 @@ def _read_checkpoint(path: Any) -> dict[str, Any] | None:
 
 def _compare(checkpoint: dict[str, Any], state: dict[str, torch.Tensor], path: str) -> None:
     """Raise UserError naming the first weight in which a checkpoint and a model differ."""
-    saved = checkpoint["state_dict"]
-    for name in [*state, *saved]:
-        if name not in saved or name not in state:
-            holder = "the checkpoint" if name in saved else "the model"
-            raise UserError(f"ckpt_path '{path}' is of another architecture: only {holder} has {name}")
-        if saved[name].shape != state[name].shape:
-            raise UserError(
-                f"ckpt_path '{path}' is of another architecture: {name} has shape {tuple(saved[name].shape)} there "
-                f"and {tuple(state[name].shape)} in the model"
-            )
+    if difference := mismatch(state, checkpoint["state_dict"], ("the model", "the checkpoint")):
+        raise UserError(f"ckpt_path '{path}' is of another architecture: {difference}")

@@ -6,7 +6,7 @@ distribution, and no formula outside this file mentions the dimension ``d``.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _PIECE = 1 << 18
+_SIGNS = 1 << 20
 
 
 def mix(*words: int) -> int:
@@ -129,7 +130,9 @@ class Direction:
     @cached_property
     def _scale(self) -> float | None:
         """What the drawn numbers are multiplied by, where they are drawn one tensor at a time."""
-        return self.distribution._scale(self.d, lambda: _norm([self._raw(k)] for k in range(len(self.weights))))
+        return self.distribution._scale(
+            self.d, lambda: math.hypot(*(_norms([self._raw(k)])[0] for k in range(len(self.weights))))
+        )
 
     def __getitem__(self, position: int) -> Tensor:
         """Draw the tensor of one weight; where a scale depends on all numbers, the first call draws all for that."""
@@ -144,7 +147,7 @@ class Direction:
         """
         places = [self._raw(k, None if out is None else out[k]) for k in range(len(self.weights))]
         if "_scale" not in vars(self):
-            self._scale = self.distribution._scale(self.d, lambda: _norm([places]))
+            self._scale = self.distribution._scale(self.d, lambda: math.hypot(*_norms(places)))
         if self._scale is not None:
             torch._foreach_mul_(places, self._scale)
         return places
@@ -168,12 +171,10 @@ class Direction:
         return place
 
 
-def _norm(parts: Iterable[list[Tensor]]) -> float:
-    """The norm of all tensors together, in float32 at least; parts are let go of one after the other."""
-    norms = []
-    for part in parts:
-        norms += torch._foreach_norm([t if t.dtype.itemsize > 2 else t.float() for t in part])
-    return float(torch.linalg.vector_norm(torch.stack([norm.cpu() for norm in norms])))
+def _norms(tensors: Sequence[Tensor]) -> list[float]:
+    """The norm of each tensor, in float32 at least."""
+    norms = torch._foreach_norm([t if t.dtype.itemsize > 2 else t.float() for t in tensors])
+    return torch.stack([norm.to(norms[0]) for norm in norms]).tolist()
 
 
 @dataclass(frozen=True)
@@ -202,10 +203,13 @@ class Rademacher(Directions):
 
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
         generator = self._generator(place.device, *direction.key, position)
-        words = torch.empty(place.numel() // 64 + 1, dtype=torch.int64, device=generator.device)
-        words.random_(-(1 << 63), None, generator=generator)
-        bits = np.unpackbits(words.cpu().numpy().view(np.uint8), count=place.numel())
-        place.copy_(torch.from_numpy(bits).view(place.shape)).mul_(2).sub_(1)
+        flat = place.view(-1)
+        # In pieces, so that bits beside the numbers take little memory.
+        for piece in flat.split(_SIGNS) if place.numel() > _SIGNS else (flat,):
+            words = torch.empty(piece.numel() // 64 + 1, dtype=torch.int64, device=generator.device)
+            words.random_(-(1 << 63), None, generator=generator)
+            bits = np.unpackbits(words.cpu().numpy().view(np.uint8), count=piece.numel())
+            piece.copy_(torch.from_numpy(bits)).mul_(2).sub_(1)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,16 @@ def norm(a: Tensors) -> dict[str, float]:
     return {name: math.sqrt(square) for name, square in _sums(a, a, lambda x, _: x @ x).items()}
 
 
+def mismatch(a: Tensors, b: Tensors, sides: tuple[str, str] = ("the first", "the second")) -> str | None:
+    """In which name or shape two sides differ first, in words; None where they can be compared."""
+    for name in (*a, *b):
+        if name not in a or name not in b:
+            return f"only {sides[0] if name in a else sides[1]} has {name}"
+        if a[name].shape != b[name].shape:
+            return f"{name} has shape {tuple(a[name].shape)} in {sides[0]} and {tuple(b[name].shape)} in {sides[1]}"
+    return None
+
+
 def match_filters(a: Tensor, b: Tensor) -> Tensor:
     """The order [n] of the filters of ``b`` in which they resemble those of ``a`` most.
 
@@ -171,11 +181,8 @@ def _vector(x: Tensor) -> Tensor:
 
 
 def _check_alike(a: Tensors, b: Tensors) -> None:
-    for name in (*a, *b):
-        if name not in a or name not in b:
-            raise ValueError(f"only one side has {name}")
-        if a[name].shape != b[name].shape:
-            raise ValueError(f"{name} has shapes {tuple(a[name].shape)} and {tuple(b[name].shape)}")
+    if difference := mismatch(a, b):
+        raise ValueError(difference)
 
 
 def _ratio(numerator: float, denominator: float) -> float:

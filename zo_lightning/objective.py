@@ -51,8 +51,10 @@ class Objective:
         self._written: dict[int, tuple[Tensor, Tensor]] = {}  # frozen weights that the loss has changed, as they were
         self._moved: list[tuple[Tensor, Tensor]] = []  # as the first probe left them
         self._guarded = False
-        devices = {p.device for p in module.parameters()} | {torch.device("cpu")}
-        self._generators = [_default_generator(device) for device in devices if device.type in ("cpu", "cuda")]
+        self._generators = [torch.default_generator]
+        if torch.cuda.is_initialized():
+            devices = {p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"}
+            self._generators += [torch.cuda.default_generators[index] for index in sorted(devices)]
 
     @classmethod
     def of(cls, loss: "Callable[[], Tensor] | Objective", module: nn.Module) -> "Objective":
@@ -243,12 +245,6 @@ def _address(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # sparse, or of a transform: not the memory of a weight
         return -1
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cpu":
-        return torch.default_generator
-    return torch.cuda.default_generators[device.index or 0]
 
 
 @contextmanager

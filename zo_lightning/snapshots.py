@@ -62,6 +62,14 @@ def read_snapshots(run: str | Path) -> list[Snapshot]:
     return found
 
 
+def snapshots_by_epoch(run: str | Path) -> dict[int, Snapshot]:
+    """The snapshots of a run at the end of epochs, 0 for its start, by epoch; none where it has none."""
+    try:
+        return {snapshot.epoch: snapshot for snapshot in read_snapshots(run) if not snapshot.within_epoch}
+    except FileNotFoundError:
+        return {}
+
+
 def write_snapshot(
     folder: Path, weights: Mapping[str, Tensor], step: int, epoch: int, within_epoch: bool = False
 ) -> Snapshot:

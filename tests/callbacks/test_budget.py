@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -6,31 +7,110 @@ import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import FlopCounterMode
 
-from tests.callbacks.runs import automatic, batches, classifier, events, first_order, scalars, trainer, validation
-from zo_lightning.callbacks import Budget
+from tests.callbacks.runs import automatic, batches, classifier, events, first_order, net, scalars, trainer, validation
+from zo_lightning.callbacks import Budget, GradientAlignment
 from zo_lightning.callbacks.budget import peak_memory
 
 
-@pytest.mark.parametrize(("make", "per_step"), [(classifier, 2), (first_order, 3), (automatic, 3)])
-def test_every_curve_also_against_forward_passes(make: Any, per_step: int, tmp_path: Path) -> None:
+def test_every_curve_also_against_cost(tmp_path: Path) -> None:
+    for make, per_step in ((classifier, 2), (first_order, 3), (automatic, 3)):
+        logger = TensorBoardLogger(tmp_path, make.__name__)
+        fit = trainer(tmp_path, Budget(), logger=logger)
+        fit.fit(make(), batches(), validation())
+        seen = events(Path(logger.log_dir))
+        tags = {tag for tag in seen.Tags()["scalars"] if not tag.startswith("by_") and tag != "epoch"}
+        copies = {tag.removeprefix("by_flops/") for tag in seen.Tags()["scalars"] if tag.startswith("by_")}
+        assert copies == tags - {"budget/flops"} >= {"train/loss", "val/acc", "budget/seconds"}
+        for tag in copies:
+            by_steps, by_flops = seen.Scalars(tag), seen.Scalars(f"by_flops/{tag}")
+            assert [event.value for event in by_steps] == [event.value for event in by_flops], tag
+        spent = [event.value for event in seen.Scalars("budget/flops")]  # after steps 2, 4, ..., 12
+        assert [event.step for event in seen.Scalars("by_flops/train/loss")] == [round(value / 1e6) for value in spent]
+        assert [event.step for event in seen.Scalars("by_flops/val/acc")] == [round(spent[i] / 1e6) for i in (2, 5)]
+        assert spent == pytest.approx([spent[0] * i for i in range(1, 7)], rel=1e-6)  # float32 in the file
+        assert [event.value for event in seen.Scalars("budget/forward_passes")][-1] == 12 * per_step
+        assert [event.value for event in seen.Scalars("budget/examples")] == [8, 16, 24, 32, 40, 48]
+        assert fit.loggers == [logger]  # the second one was for the run
+
+
+def flops(make: Any, folder: Path, *others: Callback) -> float:
+    """Of two epochs of six steps."""
+    budget = Budget()
+    trainer(folder, budget, *others).fit(make(), batches())
+    return budget.flops
+
+
+def test_flops_are_those_of_the_steps_in_any_module(tmp_path: Path) -> None:
+    with FlopCounterMode(display=False) as counter:
+        net()(torch.rand(4, 3, 8, 8))
+    forward = counter.get_total_flops()
+    first = 2 * 4 * 4 * 6 * 6 * 3 * 9  # of the first layer, whose input needs no gradient
+    for make in (automatic, first_order, classifier):
+        step = 2 * forward if make is classifier else 3 * forward - first
+        assert flops(make, tmp_path) == 12 * step
+
+
+def test_diagnostics_are_no_cost_of_training(tmp_path: Path) -> None:
+    alone = flops(classifier, tmp_path)
+    assert flops(classifier, tmp_path, GradientAlignment(1)) == alone
+
+
+def test_matrices_that_the_optimizer_multiplies_are_counted(tmp_path: Path) -> None:
+    class Multiplies(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            torch.mm(torch.ones(1, 1), torch.ones(1, 1))
+            return super().step(closure)
+
+    for make in (automatic, classifier):
+        usual = flops(make, tmp_path)
+
+        def own(make: Any = make) -> Any:
+            module = make()
+            module.optimizer = lambda p: Multiplies(p, 0.01)
+            return module
+
+        assert flops(own, tmp_path) == usual + 12 * 2
+
+
+@pytest.mark.parametrize("axis", ["forward_passes", "seconds"])
+def test_another_axis(axis: Any, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    fit = trainer(tmp_path, Budget(), logger=logger)
-    fit.fit(make(), batches(), validation())
+    trainer(tmp_path, Budget(axis), logger=logger).fit(classifier(), batches(), validation())
     seen = events(Path(logger.log_dir))
-    tags = {tag for tag in seen.Tags()["scalars"] if not tag.startswith("by_") and tag != "epoch"}
-    copies = {tag.removeprefix("by_forward_passes/") for tag in seen.Tags()["scalars"] if tag.startswith("by_")}
-    assert copies == tags - {"budget/forward_passes"} >= {"train/loss", "val/acc", "budget/seconds"}
-    for tag in copies:
-        by_steps, by_passes = seen.Scalars(tag), seen.Scalars(f"by_forward_passes/{tag}")
-        assert [event.value for event in by_steps] == [event.value for event in by_passes], tag
-    assert [event.step for event in seen.Scalars("by_forward_passes/val/acc")] == [6 * per_step, 12 * per_step]
-    assert [event.step for event in seen.Scalars("by_forward_passes/train/loss")] == [
-        per_step * step for step in (2, 4, 6, 8, 10, 12)
-    ]
-    assert [event.value for event in seen.Scalars("budget/forward_passes")][-1] == 12 * per_step
-    assert [event.value for event in seen.Scalars("budget/examples")] == [8, 16, 24, 32, 40, 48]
-    assert fit.loggers == [logger]  # the second one was for the run
+    spent = [event.value for event in seen.Scalars(f"budget/{axis}")]
+    # seconds are read once more for the axis, so that they may be round numbers higher by one
+    found = [event.step for event in seen.Scalars(f"by_{axis}/train/loss")]
+    assert found == pytest.approx(spent, abs=0 if axis == "forward_passes" else 1)
+    with pytest.raises(ValueError, match="flops, forward_passes, seconds, got 'epochs'"):
+        Budget("epochs")  # type: ignore[arg-type]
+
+
+def test_a_module_can_be_left_unwatched(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    trainer(tmp_path, Budget(measure_flops=False), logger=logger).fit(automatic(), batches())
+    tags = events(Path(logger.log_dir)).Tags()["scalars"]
+    assert "budget/forward_passes" in tags and "budget/flops" not in tags
+    assert not [tag for tag in tags if tag.startswith("by_")]
+
+
+def test_a_step_that_fails_or_is_called_off_leaves_no_one_watching(tmp_path: Path) -> None:
+    class Stops(Callback):
+        def __init__(self, error: type[Exception] | None) -> None:
+            self.error = error
+
+        def on_train_batch_start(self, *_: Any) -> int:
+            if self.error:
+                raise self.error("stop")
+            return -1
+
+    for error in (RuntimeError, None):
+        fit = trainer(tmp_path, Budget(), Stops(error))
+        with nullcontext() if error is None else pytest.raises(error, match="stop"):
+            fit.fit(automatic(), batches())
+        assert not _get_current_dispatch_mode_stack()
 
 
 def test_seconds_memory_and_speed(tmp_path: Path) -> None:
@@ -58,6 +138,8 @@ def test_it_goes_on_counting_after_a_resume(tmp_path: Path) -> None:
     logged = scalars(tmp_path / "b")
     assert logged["budget/examples"][0] == (6, 24)
     assert logged["budget/forward_passes"][0] == (6, 18)
+    before = {step: value for step, value in scalars(tmp_path / "a")["budget/flops"]}
+    assert logged["budget/flops"][0] == (6, before[4] * 6 / 4)
     assert 40 < logged["budget/seconds"][0][1] < 60
 
 
@@ -73,14 +155,14 @@ def test_a_run_after_one_that_failed_draws_each_curve_once(tmp_path: Path) -> No
         fit.fit(automatic(), batches())
     fit.fit(automatic(), batches())
     assert len(fit.loggers) == 1
-    assert len(events(Path(fit.log_dir or "")).Scalars("by_forward_passes/budget/examples")) == 6
+    assert len(events(Path(fit.log_dir or "")).Scalars("by_flops/budget/examples")) == 6
 
 
 def test_a_logger_without_pictures_gets_the_columns(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     trainer(tmp_path, Budget(), logger=logger).fit(automatic(), batches())
     header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"budget/forward_passes", "budget/examples", "train/loss"} <= set(header)
+    assert {"budget/flops", "budget/forward_passes", "budget/examples", "train/loss"} <= set(header)
     assert not any(tag.startswith("by_") for tag in header)
 
 

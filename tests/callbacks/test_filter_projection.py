@@ -1,9 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from google.protobuf import text_format
 from PIL import Image
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -11,8 +13,17 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig  
 
 from tests.callbacks.runs import Linear, batches, classifier, events, first_order, net, trainer
 from zo_lightning.callbacks import FilterProjection, WeightSnapshots
-from zo_lightning.callbacks.filter_projection import Track, trajectories_figure
+from zo_lightning.callbacks.filter_projection import trajectories_figure
 from zo_lightning.snapshots import read_snapshots
+from zo_lightning.trajectories import Trajectory
+
+
+class Diverges(Callback):
+    """Makes the first convolution NaN after the last step."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any, **__: Any) -> None:
+        if trainer.current_epoch == 1 and trainer.is_last_batch:
+            pl_module.net[0].weight.data.fill_(float("nan"))
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +83,26 @@ def test_layers_filters_and_points_are_limited(tmp_path: Path) -> None:
 
 
 def test_the_same_points_are_placed_where_the_runs_agree() -> None:
-    path = np.cumsum(np.random.default_rng(0).normal(size=(8, 9)), 0)
-    figure = trajectories_figure(
-        "conv", [Track("this run", 0, list(range(8)), path), Track("reference", 0, list(range(8)), path)]
-    )
-    for axes in figure.axes:
+    way = np.cumsum(np.random.default_rng(0).normal(size=(8, 1, 9)), 0)
+    runs = [Trajectory(run, list(range(8)), way) for run in ("this run", "reference")]
+    for axes in trajectories_figure("conv", runs).axes:
         lines = [line.get_xydata() for line in axes.lines if len(line.get_xdata()) == 8]
         assert len(lines) == 2
         assert np.abs(lines[0] - lines[1]).max() < 0.1 * np.ptp(lines[0])
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (5, 1), (3, 4)])
-def test_few_points_and_filters_of_one_weight(shape: tuple[int, int]) -> None:
-    for path in (np.zeros(shape), np.arange(shape[0] * shape[1], dtype=float).reshape(shape)):
-        figure = trajectories_figure("conv", [Track("this run", i, [0], path) for i in range(4)])
+@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 4, 1), (5, 4, 1), (3, 4, 4)])
+def test_few_points_and_filters_of_one_weight(shape: tuple[int, int, int]) -> None:
+    for filters in (np.zeros(shape), np.arange(np.prod(shape), dtype=float).reshape(shape)):
+        figure = trajectories_figure("conv", [Trajectory("this run", list(range(shape[0])), filters)])
         assert len(figure.axes) == (2 if 4 * shape[0] > 10 else 1)
+
+
+def test_a_run_that_diverged_is_drawn_as_far_as_it_is_finite(tmp_path: Path) -> None:
+    module: Any = classifier()
+    trainer(tmp_path, Diverges(), FilterProjection()).fit(module, batches())
+    assert module.net[0].weight.isnan().all()
+    assert (tmp_path / "images/filter_projection/net.0.weight/step=000000012.png").is_file()
 
 
 def test_no_convolution_and_no_such_reference(reference: Path, tmp_path: Path) -> None:

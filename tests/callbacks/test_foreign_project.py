@@ -74,7 +74,8 @@ def test_resnet18_in_automatic_optimization(tmp_path: Path) -> None:
     }
     assert len(layers) == 20 and "model.conv1.weight" in layers  # the convolutions of a ResNet-18
     assert [event.value for event in seen.Scalars("alignment/cosine/all")] == [1.0] * 4
-    assert [event.step for event in seen.Scalars("by_forward_passes/train_loss")] == [3, 6, 9, 12]
+    spent = [event.value for event in seen.Scalars("budget/flops")]
+    assert [event.step for event in seen.Scalars("by_flops/train_loss")] == [round(value / 1e6) for value in spent]
     assert {"to_start/l2/all", "to_reference/cosine/all", "weight_norm/all", "budget/examples"} <= set(tags["scalars"])
     assert "weights/model.layer4.1.conv2.weight" in tags["histograms"]
     pictures = {tag.partition("/")[0] for tag in tags["images"]}

@@ -63,8 +63,8 @@ def test_everything_is_in_the_event_files(logs: Path, run: str) -> None:
         expected |= {"alignment/noise_floor", "alignment/slope_snr"}
         expected |= {f"to_reference/{kind}/{name}" for kind in ("cosine", "l2") for name in (*WEIGHTS, "all")}
         expected |= {f"to_reference/matched/{name}" for name in FILTERS}
-    expected |= {f"by_forward_passes/{tag}" for tag in expected}
-    expected |= {f"budget/{kind}" for kind in ("forward_passes", "examples", "seconds", "peak_memory_mb")}
+    expected |= {f"by_flops/{tag}" for tag in expected}
+    expected |= {f"budget/{kind}" for kind in ("flops", "forward_passes", "examples", "seconds", "peak_memory_mb")}
     assert not expected - set(tags["scalars"])
     assert set(tags["histograms"]) == {f"weights/{name}" for name in WEIGHTS}
     assert set(tags["images"]) == {f"{kind}/{name}" for kind in ("filters", "filter_projection") for name in FILTERS}

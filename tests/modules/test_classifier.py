@@ -41,7 +41,7 @@ def test_tags(estimator: Any, tmp_path: Path) -> None:
     fit.test(module, loader(), verbose=False)
     header = set((Path(fit.logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(","))  # type: ignore[arg-type,union-attr]
     expected = {"train/loss", "train/acc", "train/loss_epoch", "val/loss", "val/acc", "test/loss", "test/acc", "lr"}
-    expected |= {"budget/forward_passes", "skipped_steps"}
+    expected |= {"budget/forward_passes", "budget/flops", "skipped_steps"}
     assert header - {"epoch", "step"} == (expected | {"mu"} if isinstance(estimator, ZerothOrder) else expected)
     assert module.forward_passes == 10 * (2 if isinstance(estimator, ZerothOrder) else 3)
 

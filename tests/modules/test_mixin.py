@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
+from torchmetrics.wrappers import Running
 
 from zo_lightning import (
     Backprop,
@@ -19,6 +20,8 @@ from zo_lightning import (
     EstimatedGradient,
     ForwardDifference,
     ForwardGradient,
+    NormalizedSGD,
+    Rademacher,
     TrainingDiverged,
     ZerothOrder,
 )
@@ -268,6 +271,146 @@ def test_mu_follows_the_learning_rate_down_to_a_floor(tmp_path: Path) -> None:
     module.plateau = True
     trainer(tmp_path, max_epochs=12, callbacks=[Watch()]).fit(module)
     assert seen == pytest.approx([1e-3 / 2**halvings for halvings in range(1, 10)] + 3 * [1e-6])
+
+
+def test_what_the_training_step_keeps_grows_once_a_step(tmp_path: Path) -> None:
+    class Step(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outputs: list[Tensor] = []
+            self.by_sign: dict[bool, int] = {}
+            self.calls, self.smooth = 0, torch.zeros(())
+            self.running: Any = Running(MeanMetric(), window=3)
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            loss = super().training_step(batch)
+            self.outputs.append(loss.detach())
+            self.by_sign[bool(loss > 0)] = self.by_sign.get(bool(loss > 0), 0) + 1
+            self.calls += 1
+            self.smooth = 0.9 * self.smooth + 0.1 * loss.detach()
+            self.running.update(loss)
+            return loss
+
+    class Both(EstimatedGradient, Step):
+        estimator = ZerothOrder(samples=2, seed=0)
+
+    module = Both()
+    trainer(tmp_path, max_epochs=1).fit(module)
+    assert len(module.outputs) == module.calls == sum(module.by_sign.values()) == 8
+    smooth = torch.zeros(())
+    for loss in module.outputs:
+        smooth = 0.9 * smooth + 0.1 * loss
+    assert torch.equal(module.smooth, smooth)
+    assert module.running._num_vals_seen == 8
+    assert torch.allclose(module.running.compute(), torch.stack(module.outputs[-3:]).mean())
+
+
+def test_a_simulator_that_fails_for_many_directions_is_trained_all_the_same(tmp_path: Path) -> None:
+    """Every step draws a direction of its own, after a failure too: twenty in a row are then next to impossible."""
+
+    class Simulator(Net):
+        def training_step(self, batch: Tensor) -> Tensor:
+            loss = F.mse_loss(self.net(batch), torch.ones(len(batch), 2))
+            first: Any = self.net[0]
+            chance = float((first.weight.detach() * 1e4).frac().abs().sum()) % 1  # as good as drawn anew
+            return loss * (math.nan if chance < 0.17 else 1.0)  # in one of two probes: 31 %
+
+    class Estimated(EstimatedGradient, Simulator):
+        estimator = ZerothOrder(seed=0)
+
+    module = Estimated()
+    fit = trainer(tmp_path, max_epochs=40, limit_val_batches=0)
+    fit.fit(module)
+    assert fit.global_step == 320
+    assert 50 < module.skipped_steps < 150
+
+
+def test_lbfgs_asks_again_at_other_weights(tmp_path: Path) -> None:
+    class Quasi(EstimatedGradient, Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+    for estimator in (Backprop(), ZerothOrder(samples=4, seed=0)):
+        module = Quasi()
+        module.net = nn.Sequential(nn.Linear(32, 2))
+        module.estimator = estimator
+        fit = trainer(tmp_path, max_epochs=1)
+        fit.fit(module)
+        assert fit.global_step == 8
+        assert module.forward_passes > 8 * (3 if module.estimator.is_exact else 8)
+        assert weights(module).isfinite().all()
+
+
+class Large(EstimatedGradient, Net):
+    estimator = ZerothOrder(Rademacher(), samples=2, seed=0)
+    rule: Any = staticmethod(lambda params: torch.optim.Adam(params, lr=1e-2))
+
+    def configure_optimizers(self) -> Any:
+        rule: Any = self.rule
+        return rule(self.parameters())
+
+
+def test_lean_memory_gives_the_same_weights_and_never_holds_all_of_grad(tmp_path: Path) -> None:
+    class Watched(torch.optim.Adam):
+        held: list[int]
+
+        def step(self, closure: Any = None) -> Any:
+            self.held.append(sum(p.grad is not None for group in self.param_groups for p in group["params"]))
+            return super().step(closure)
+
+    ends = []
+    for memory in ("full", "lean"):
+        module: Any = Large()
+        module.memory = memory
+        if memory == "lean":
+            module.rule = lambda params: _renamed(Watched)(params, lr=1e-2)
+            Watched.held = []
+        fit = trainer(tmp_path)
+        fit.fit(module)
+        assert fit.global_step == 16
+        ends.append(weights(module))
+    assert max(Watched.held) == 1 and sum(Watched.held) == 16 * len(list(module.parameters()))
+    assert torch.equal(*ends)
+
+
+def _renamed(rule: Any) -> Any:
+    """A rule that passes for PyTorch's own."""
+    rule.__module__, rule.__name__ = "torch.optim.adam", "Adam"
+    return rule
+
+
+def test_lean_memory_is_chosen_by_size_where_nothing_needs_all_of_grad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Looks(Callback):
+        def on_before_optimizer_step(self, *args: Any) -> None:
+            pass
+
+    def chosen(**changes: Any) -> bool:
+        module = Large()
+        callbacks = changes.pop("callbacks", [])
+        for name, value in changes.items():
+            setattr(module, name, value)
+        trainer(tmp_path, max_steps=1, max_epochs=-1, callbacks=callbacks, limit_val_batches=0).fit(module)
+        return module._lean
+
+    assert not chosen(), "a small net"
+    assert chosen(memory="lean")
+    monkeypatch.setattr("zo_lightning.modules.mixin._LARGE", 100)
+    assert chosen()
+    assert not chosen(memory="full")
+    against = {
+        "gradient_clip_val needs the norm": {"gradient_clip_val": 1.0},
+        "NormalizedSGD is not known to update each weight": {"rule": lambda params: NormalizedSGD(params)},
+        "Backprop has no lean form": {"estimator": Backprop()},
+        "on_before_optimizer_step of Looks may ask": {"callbacks": [Looks()]},
+    }
+    for reason, changes in against.items():
+        assert not chosen(**changes)
+        with pytest.raises(MisconfigurationException, match=f"memory='lean': .*{reason}.* Take memory='full'"):
+            chosen(memory="lean", **changes)
+    with pytest.raises(MisconfigurationException, match="memory must be 'auto', 'lean' or 'full', got 'small'"):
+        chosen(memory="small")
 
 
 def test_gradient_clipping(tmp_path: Path) -> None:

@@ -73,6 +73,17 @@ def test_groups_have_a_size_each() -> None:
     assert small.tolist() == pytest.approx([-0.1, -0.1]) and large.tolist() == pytest.approx([-0.2, -0.2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_size_of_many_gradients_fits_in_half_precision(dtype: torch.dtype) -> None:
+    p = torch.zeros(70_000, dtype=dtype, requires_grad=True)  # ‖g‖² = 70,000 is infinite in float16
+    optimizer = NormalizedSGD([p], lr=2.0**-3)
+    for _ in range(4):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    # Four steps of lr; float32 rounds their size to a few 1e-7, and the weight is rounded at each of them.
+    assert p.tolist() == pytest.approx([-0.5] * 70_000, rel=4 * torch.finfo(dtype).eps)
+
+
 def test_weights_without_gradient_stay() -> None:
     moving, still = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
     moving.grad = torch.ones(1)

@@ -1,5 +1,6 @@
 """One small study for all tests of what comes after it."""
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,3 +40,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def results(finished: Path) -> Results:
     return read_results(finished / "lightning_logs" / "tiny")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty one, for a study that trains nothing."""
+    path = tmp_path / "fake"
+    path.mkdir()
+    return path
+
+
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished study, to do harm to."""
+    return Path(shutil.copytree(finished / "lightning_logs" / "tiny", tmp_path / "tiny"))

@@ -1,28 +1,20 @@
-"""``zo-lightning report``: the page, its figures and the measures behind them."""
+"""``zo-lightning report``: the page and its figures."""
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import yaml
-from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 
+from tests.study.conftest import copied
 from zo_lightning.__main__ import main
-from zo_lightning.cli_errors import UserError
-from zo_lightning.study import figures
-from zo_lightning.study.figures import NothingToDraw
-from zo_lightning.study.minima import line_between, sharpness
-from zo_lightning.study.results import Results, published, published_at, read_results
-from zo_lightning.study.weights import embed, first_filters, similarity, trajectories
+from zo_lightning.study.results import Results
 
 FIGURES = {
     *("accuracy", "train_loss", "val_loss", "final_accuracy", "ratios", "k", "exponent", "epoch_time"),
@@ -96,10 +88,6 @@ def test_partial_study_names_what_is_missing(finished: Path, tmp_path: Path, mon
     assert (study / "report" / "accuracy.png").is_file()
 
 
-def copied(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished / "lightning_logs" / "tiny", tmp_path / "tiny"))
-
-
 def test_runs_that_diverged_are_named_and_leave_no_verdict(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
     study = copied(finished, tmp_path)
     log = study / "ZO-AdaMM/ScalableCNN_1/seed_1/metrics.csv"
@@ -114,18 +102,6 @@ def test_runs_that_diverged_are_named_and_leave_no_verdict(finished: Path, tmp_p
     assert "Diverged, so that means over seeds have no value: ZO-AdaMM, ScalableCNN 1, seed 1." in summary
     assert "ZO-AdaMM: none, since a loss is not finite after epoch 3" in summary
     assert "Diverged" in (study / "report" / "report.html").read_text()
-
-
-def test_damaged_cells_are_missing_and_nowhere_else(finished: Path, tmp_path: Path) -> None:
-    study = copied(finished, tmp_path)
-    (study / "ZO-AdaMM/ScalableCNN_1/seed_1/config.yaml").unlink()
-    results = read_results(study)
-    assert [str(cell) for cell in results.missing] == ["ZO-AdaMM, ScalableCNN 1, seed 1"]
-    assert len(results.table) == 7 * 3
-    for config in study.rglob("config.yaml"):
-        config.unlink()
-    with pytest.raises(UserError, match="none of its 8 cells is finished"):
-        read_results(study)
 
 
 def test_without_the_data_all_but_the_minima_is_drawn(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -168,130 +144,6 @@ def test_foreign_output_is_refused(finished: Path, tmp_path: Path, monkeypatch: 
     assert "holds something that is no report" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     assert main(["report", "lightning_logs/tiny", "--output", str(tmp_path / "thesis.txt")]) == 2
-
-
-def drawn(results: Results, with_published: bool) -> Iterator[Figure]:
-    if with_published:
-        results = Results(results.study, results.folder, results.table, {}, published())
-    for quantity in ("val_accuracy", "train_loss", "val_loss"):
-        for against in ("epoch", "forward_passes", "seconds"):
-            yield figures.learning_curves(results, quantity, against)
-    for draw in ("loss_ratios", "slowdown", "slowdown_exponent", "final_accuracy", "epoch_time"):
-        yield getattr(figures, draw)(results)
-
-
-@pytest.mark.parametrize("with_published", [False, True])
-def test_axes_have_names_and_methods_are_told_apart(results: Results, with_published: bool) -> None:
-    for figure in drawn(results, with_published):
-        shared = [text.get_text() for text in figure.texts]  # labels of all panels together
-        for axes in filter(lambda a: a.get_visible(), figure.axes):
-            place = axes.get_subplotspec()
-            assert shared or axes.get_xlabel() or (place is not None and not place.is_last_row())
-            assert axes.lines
-        legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
-        named = {text.get_text() for legend in legends for text in legend.get_texts()}
-        assert any("ZO-AdaMM" in name or name.startswith("d = ") for name in named)
-
-
-def test_published_curves_are_drawn_at_their_size_only(results: Results) -> None:
-    beside = Results(results.study, results.folder, results.table, {}, published())
-    first, second = figures.learning_curves(beside, "val_accuracy").axes[:2]
-    theirs = published_at(beside, "ZO-AdaMM", 1400)
-    assert any(np.array_equal(line.get_ydata(), theirs["val_accuracy_mean"]) for line in first.lines)
-    assert len(second.lines) == 2  # 10,602 is none of their sizes
-    assert theirs["epoch"].tolist() == [1, 2, 3]  # no longer than the study's own runs
-
-
-def test_published_table_is_whole() -> None:
-    table = published()
-    assert set(table["method"]) == {"FO-AdaMM", "ZO-AdaMM"}
-    assert table.groupby(["method", "d"]).size().tolist() == [50] * 22
-    last = table[(table["method"] == "ZO-AdaMM") & (table["d"] == 1400) & (table["epoch"] == 50)]
-    assert last["val_accuracy_mean"].item() == pytest.approx(0.8054, abs=5e-4)
-    assert table.notna().all(axis=None)
-
-
-def test_similarity_begins_with_the_same_weights(results: Results) -> None:
-    similar = similarity(results)
-    start = similar[similar["epoch"] == 0]
-    assert start["cosine"].to_numpy() == pytest.approx(np.ones(len(start)))
-    assert start["l2"].to_numpy() == pytest.approx(np.zeros(len(start)))
-    later = similar[similar["epoch"] == 3]
-    assert (later["l2"] > 0).all()
-    assert set(later["layer"]) == {"all", "conv1", "conv2", "fc1", "fc2", "fc3"}
-    convolutions = later.dropna(subset=["matched"])
-    assert set(convolutions["layer"]) == {"conv1", "conv2"}
-    assert (convolutions["matched"] >= convolutions["cosine"] - 1e-9).all()
-
-
-def test_trajectories_and_filters(results: Results) -> None:
-    paths = trajectories(results, "ScalableCNN 1", 1)
-    shapes = {layer: table.shape for layer, table in paths.items()}
-    assert shapes == {"conv1": (2 * 4 * 3, 3 + 25), "conv2": (2 * 4 * 3, 3 + 27)}
-    assert {method: f.shape for method, f in first_filters(results, "ScalableCNN 1", 1).items()} == {
-        "FO-AdaMM": (3, 1, 5, 5),
-        "ZO-AdaMM": (3, 1, 5, 5),
-    }
-    assert trajectories(results, "ScalableCNN 1", 99) == {}
-
-
-def test_embedding_separates_and_is_reproducible() -> None:
-    rng = np.random.default_rng(0)
-    two = np.concatenate([rng.normal(0, 0.1, (20, 9)), rng.normal(5, 0.1, (20, 9))])
-    placed = embed(two)
-    assert np.array_equal(placed, embed(two))
-    halves = np.split(placed, 2)
-    centres = [half.mean(0) for half in halves]
-    widest = max(np.linalg.norm(half - centre, axis=1).max() for half, centre in zip(halves, centres, strict=True))
-    assert np.linalg.norm(centres[0] - centres[1]) > widest
-    assert np.isnan(embed(two[:3])).all()
-    assert np.isnan(embed(np.ones((10, 4)))).all()
-
-
-def quadratic(weights: dict[str, Tensor]) -> tuple[float, float]:
-    return float(0.5 * weights["w"].square().sum()), float(weights["w"].sum())
-
-
-def test_line_passes_through_both_ends() -> None:
-    a, b = {"w": torch.zeros(2, 2)}, {"w": torch.ones(2, 2)}
-    points = line_between(a, b, quadratic, np.array([-0.5, 0.0, 0.5, 1.0]))
-    assert points == [(-0.5, 0.5, -2.0), (0.0, 0.0, 0.0), (0.5, 0.5, 2.0), (1.0, 2.0, 4.0)]
-
-
-def test_sharpness_of_a_quadratic() -> None:
-    """½‖w + σ‖w_f‖ ξ‖² rises by ½ σ² Σ‖w_f‖² and a term of mean zero, σ Σ ‖w_f‖ <w_f, ξ_f>."""
-    weights = {"w": torch.randn(8, 100, generator=torch.Generator().manual_seed(0)), "bias": torch.ones(8)}
-    at, rise = sharpness(weights, quadratic, noise=0.1, samples=200)
-    squares = weights["w"].square().sum(1)
-    assert at == pytest.approx(float(squares.sum()) / 2)
-    # <w_f, ξ_f> = ‖w_f‖ cos with E cos² = 1/100: the standard error of the mean over 200 samples
-    error = 0.1 * float(squares.square().sum().sqrt()) / 10 / np.sqrt(200)
-    assert rise == pytest.approx(0.005 * float(squares.sum()), abs=4 * error)
-    assert sharpness(weights, quadratic) == sharpness(weights, quadratic)
-
-
-def test_nothing_to_draw_says_why(results: Results) -> None:
-    empty = pd.DataFrame(columns=["method", "net", "d", "seed", "epoch", "layer", "cosine", "matched", "increase"])
-    for draw in (
-        lambda: figures.weight_similarity(results, empty, "cosine", "ZO-AdaMM"),
-        lambda: figures.matched_similarity(results, empty, "ZO-AdaMM"),
-        lambda: figures.filter_trajectories(results, "conv1", 99),
-        lambda: figures.first_layer(results, 99),
-        lambda: figures.minima_line(results, empty, "loss"),
-        lambda: figures.sharpness_by_size(results, empty),
-    ):
-        with pytest.raises(NothingToDraw, match="no "):
-            draw()
-
-
-def test_damaged_study_is_told(finished: Path, tmp_path: Path) -> None:
-    study = tmp_path / "tiny"
-    shutil.copytree(finished / "lightning_logs" / "tiny", study)
-    text = yaml.safe_load((study / "study.yaml").read_text())
-    del text["methods"]
-    (study / "study.yaml").write_text(yaml.safe_dump(text))
-    with pytest.raises(UserError, match=r"study.yaml' is damaged: KeyError\('methods'\)"):
-        read_results(study)
 
 
 def test_page_in_a_browser(report: Path) -> None:

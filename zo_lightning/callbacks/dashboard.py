@@ -6,12 +6,10 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from zo_lightning.callbacks.budget import PREFIX
 from zo_lightning.callbacks.reporting import tensorboards
 from zo_lightning.estimators import Backprop
 from zo_lightning.modules import EstimatedGradient
 
-_EQUAL_COST = PREFIX.rstrip("/")
 LAYOUT = {
     "Losses": {
         "training loss": ["Multiline", ["^train/loss$", "^train_loss$"]],
@@ -21,9 +19,9 @@ LAYOUT = {
         "validation accuracy": ["Multiline", ["^val/acc$", "^val_acc$"]],
         "training accuracy": ["Multiline", ["^train/acc$", "^train_acc$"]],
     },
-    "At equal cost (x: forward passes)": {
-        "training loss": ["Multiline", [f"^{_EQUAL_COST}/train/loss$"]],
-        "validation accuracy": ["Multiline", [f"^{_EQUAL_COST}/val/acc$"]],
+    "At equal cost (x: million floating-point operations, or what Budget's axis is)": {
+        "training loss": ["Multiline", [r"^by_\w+/train/loss$"]],
+        "validation accuracy": ["Multiline", [r"^by_\w+/val/acc$"]],
     },
     "Alignment with the true gradient": {
         "cosine": ["Multiline", ["^alignment/cosine/all$", "^alignment/expected_cosine/all$"]],
@@ -50,7 +48,7 @@ class Dashboard(Callback):
     """
 
     def __init__(
-        self, metrics: Sequence[str] = ("val/acc", "val/loss", "train/loss", "budget/forward_passes", "budget/seconds")
+        self, metrics: Sequence[str] = ("val/acc", "val/loss", "train/loss", "budget/flops", "budget/seconds")
     ) -> None:
         self.metrics = tuple(metrics)
 

@@ -1,5 +1,6 @@
 """What an epoch costs."""
 
+from math import isfinite
 from time import perf_counter
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -9,7 +10,8 @@ class EpochCost(Callback):
     """Log after every epoch what training has cost.
 
     ``epoch/seconds``: wall time of this epoch's training steps, without validation. ``epoch/forward_passes``: forward
-    passes of a batch since training began, where the module counts them (``EstimatedGradient`` does).
+    passes of a batch since training began, and ``epoch/flops``: floating-point operations, where the module counts them
+    (``EstimatedGradient`` does).
     """
 
     def __init__(self) -> None:
@@ -31,6 +33,7 @@ class EpochCost(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log."""
         pl_module.log("epoch/seconds", perf_counter() - self._began - self._validation)
-        passes = getattr(pl_module, "forward_passes", None)
-        if isinstance(passes, int):
-            pl_module.log("epoch/forward_passes", float(passes))
+        for what in ("forward_passes", "flops"):
+            spent = getattr(pl_module, what, None)
+            if isinstance(spent, int | float) and isfinite(spent):
+                pl_module.log(f"epoch/{what}", float(spent))

@@ -4,17 +4,18 @@ import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from zo_lightning.callbacks.filter_images import filters_of
 from zo_lightning.callbacks.reporting import log_figure, run_folder, say_once, tensorboards
 from zo_lightning.callbacks.weight_similarity import check_reference
 from zo_lightning.callbacks.weight_snapshots import WeightSnapshots, check_at_least_1
+from zo_lightning.filters import filters_of
 from zo_lightning.snapshots import FOLDER, Snapshot, read_snapshots
+from zo_lightning.trajectories import Trajectory, draw, pca, project, trajectories, tsne
 
 
 class FilterProjection(Callback):
@@ -113,28 +114,22 @@ class FilterProjection(Callback):
         except FileNotFoundError as error:  # the run was too short, or the reference is gone
             say_once(f"FilterProjection draws nothing: {error}")
             return
-        names = list(layers)
-        tracks: dict[str, list[Track]] = {name: [] for name in names}
-        for run, history in histories.items():
-            snapshots = self._thinned(history, max(map(self._shown, layers.values())) * len(runs))
-            weights = [snapshot.load(names) for snapshot in snapshots]
-            for name in names:
-                for index in range(self._shown(layers[name])):
-                    path = np.stack([w[name][index].float().flatten().numpy() for w in weights])
-                    tracks[name].append(Track(run, index, [s.epoch for s in snapshots], path))
-        for name in names:
-            log_figure(trainer, f"filter_projection/{name}", trajectories_figure(name, tracks[name]))
+        filters = max(min(len(weight), self.max_filters) for weight in layers.values()) * len(runs)
+        paths: dict[str, list[Trajectory]] = {name: [] for name in layers}
+        for run, snapshots in histories.items():
+            history = ((shot.epoch, shot.load(layers)) for shot in self._thinned(snapshots, filters))
+            for name, path in trajectories(run, history, self.max_filters).items():
+                paths[name].append(path)
+        for name in layers:
+            log_figure(trainer, f"filter_projection/{name}", trajectories_figure(name, paths[name]))
             if projector:
-                _write_projector(trainer, name, tracks[name])
+                _write_projector(trainer, name, paths[name])
 
     def _layers(self, module: LightningModule) -> dict[str, Tensor]:
         found = filters_of(module)
         if self.layers is None:
             return dict(list(found.items())[:4])
         return {name: w for name, w in found.items() if any(fnmatchcase(name, pattern) for pattern in self.layers)}
-
-    def _shown(self, weight: Tensor) -> int:
-        return min(len(weight), self.max_filters)
 
     def _thinned(self, snapshots: list[Snapshot], filters: int) -> list[Snapshot]:
         """Evenly many of a run's snapshots, first and last among them, so that all points are few enough."""
@@ -144,75 +139,43 @@ class FilterProjection(Callback):
         return [snapshots[round(i * (len(snapshots) - 1) / (count - 1))] for i in range(count)]
 
 
-class Track(NamedTuple):
-    """One filter's way through one run.
-
-    Attributes:
-        run: a label.
-        filter: its index in the layer.
-        epochs: of the snapshots, [t].
-        path: the filter at these times, [t, n].
-    """
-
-    run: str
-    filter: int
-    epochs: list[int]
-    path: np.ndarray
-
-
-def trajectories_figure(title: str, tracks: Sequence[Track]) -> Any:
-    """A matplotlib ``Figure`` of all tracks by PCA and by t-SNE, a colour per filter; ring: start, cross: end."""
+def trajectories_figure(title: str, paths: Sequence[Trajectory]) -> Any:
+    """A matplotlib ``Figure`` of all filters by PCA and by t-SNE, a colour per filter; ring: start, cross: end."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    points = np.concatenate([track.path for track in tracks])
-    panels = {"PCA": _pca(points)}
-    if len(points) > 10:
-        panels["t-SNE"] = _tsne(points)
+    panels = {"PCA": project(paths, pca)}
+    if sum(path.filters[..., 0].size for path in paths) > 10:
+        panels["t-SNE"] = project(paths, tsne)
     figure = Figure(figsize=(4 * len(panels), 3.8), dpi=140, layout="constrained")
-    colours = colormaps["tab10" if max(track.filter for track in tracks) < 10 else "tab20"]
-    runs = list(dict.fromkeys(track.run for track in tracks))
-    styles = dict(zip(runs, ("-", "--", ":"), strict=False))
-    for axes, (method, plane) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        ends = np.cumsum([len(track.path) for track in tracks])
-        for track, xy in zip(tracks, np.split(plane, ends[:-1]), strict=True):
-            colour = colours(track.filter % colours.N)
-            axes.plot(*xy.T, styles[track.run], color=colour, linewidth=1, marker=".", markersize=3)
-            axes.plot(*xy[0], "o", color=colour, markersize=9, markerfacecolor="white", zorder=3)
-            axes.plot(*xy[-1], "X", color=colour, markersize=9, markeredgecolor="black", zorder=4)
+    filters = max(path.filters.shape[1] for path in paths)
+    colours = colormaps["tab10" if filters <= 10 else "tab20"]
+    start: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 9, "markerfacecolor": "white"}
+    end: dict[str, Any] = {"linestyle": "", "marker": "X", "markersize": 9, "markeredgecolor": "black"}
+    styles = dict(zip((path.run for path in paths), ("-", "--", ":"), strict=False))
+    for axes, (method, planes) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+        for path, plane in zip(paths, planes, strict=True):
+            for index, way in enumerate(plane.swapaxes(0, 1)):
+                colour = {"color": colours(index % colours.N)}
+                line = {"linestyle": styles[path.run], "linewidth": 1, "markersize": 3, **colour}
+                draw(axes, way, {**start, **colour}, {**end, **colour}, **line)
         axes.set(title=f"{title}: {method}", xticks=[], yticks=[])
-    grey = {"color": "grey", "markersize": 8}
-    marks = [Line2D([], [], linestyle=styles[run], color="grey", label=run) for run in runs]
-    marks += [Line2D([], [], linestyle="", marker="o", markerfacecolor="white", label="start", **grey)]
-    marks += [Line2D([], [], linestyle="", marker="X", markeredgecolor="black", label="end", **grey)]
+    entries: dict[str, dict[str, Any]] = {run: {"linestyle": style} for run, style in styles.items()}
+    entries |= {"start": {**start, "markersize": 8}, "end": {**end, "markersize": 8}}
+    marks = [Line2D([], [], color="grey", label=label, **style) for label, style in entries.items()]
     figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
     return figure
 
 
-def _pca(points: np.ndarray) -> np.ndarray:
-    """The first two principal components, or what there is of them."""
-    centred = points - points.mean(0)
-    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
-    plane = (left * sizes)[:, :2]
-    return np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
-
-
-def _tsne(points: np.ndarray) -> np.ndarray:
-    from sklearn.manifold import TSNE  # slow to import
-
-    # PCA-initialised, as init="pca" does, which refuses filters of a single weight.
-    start = _pca(points)
-    spread = start[:, 0].std()
-    if spread == 0:
-        return start
-    perplexity = min(30.0, (len(points) - 1) / 3)
-    return TSNE(perplexity=perplexity, init=start / spread * 1e-4, random_state=0).fit_transform(points)
-
-
-def _write_projector(trainer: Trainer, name: str, tracks: Sequence[Track]) -> None:
-    labels = [(t.run, name, str(t.filter), str(epoch)) for t in tracks for epoch in t.epochs]
-    points = np.concatenate([track.path for track in tracks])
+def _write_projector(trainer: Trainer, name: str, paths: Sequence[Trajectory]) -> None:
+    labels = [
+        (path.run, name, str(index), str(epoch))
+        for path in paths
+        for epoch in path.epochs
+        for index in range(path.filters.shape[1])
+    ]
+    points = np.concatenate([path.filters.reshape(-1, path.filters.shape[-1]) for path in paths])
     for writer in tensorboards(trainer):
         if len(points) > 1 and math.prod(points.shape) and not _is_written(writer, name, trainer.global_step):
             writer.add_embedding(

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from zo_lightning.callbacks.reporting import log_scalars, say_once
 from zo_lightning.callbacks.weight_snapshots import check_at_least_1
+from zo_lightning.costs import uncounted
 from zo_lightning.estimators import Backprop, GradientEstimator
 from zo_lightning.measures import (
     WHOLE,
@@ -73,6 +74,7 @@ class GradientAlignment(Callback):
         """A loss that had no gradient in another run may have one in this."""
         self._impossible = False
 
+    @uncounted()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Compare, while ``.grad`` holds the estimate."""
         if self._impossible or trainer.global_step % self.every_n_steps:

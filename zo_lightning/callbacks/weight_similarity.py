@@ -9,8 +9,8 @@ from torch import Tensor
 
 from zo_lightning.callbacks.reporting import log_scalars, say_once
 from zo_lightning.callbacks.weight_snapshots import check_at_least_1
-from zo_lightning.measures import Tensors, cosine, l2_distance, matched
-from zo_lightning.snapshots import Snapshot, read_snapshots
+from zo_lightning.measures import Tensors, cosine, mismatch, l2_distance, matched
+from zo_lightning.snapshots import read_snapshots, snapshots_by_epoch
 
 
 class WeightSimilarity(Callback):
@@ -77,8 +77,8 @@ class WeightSimilarity(Callback):
         weights = {name: p.detach().cpu() for name, p in module.named_parameters()}
         values = _compared("to_start", weights, self._start) if epoch else {}
         if self.reference is not None:
-            snapshot = snapshot_at(self.reference, epoch)
-            if snapshot is None:
+            snapshot = snapshots_by_epoch(self.reference).get(epoch)
+            if snapshot is None:  # not even where it was there in setup: that is no reason to stop a run
                 say_once(
                     f"reference '{self.reference}' has no snapshot of epoch {epoch}: nothing to compare with there"
                 )
@@ -95,23 +95,8 @@ def check_reference(reference: str | Path, weights: Tensors) -> None:
         other = read_snapshots(reference)[0].load()
     except (FileNotFoundError, ValueError) as error:
         raise MisconfigurationException(f"reference: {error}") from error
-    for name in (*weights, *other):
-        if name not in weights or name not in other:
-            holder = "this one" if name in weights else "the reference"
-            raise MisconfigurationException(f"reference '{reference}' is of another net: only {holder} has {name}")
-        if weights[name].shape != other[name].shape:
-            raise MisconfigurationException(
-                f"reference '{reference}' is of another net: {name} has shape {tuple(other[name].shape)} there and "
-                f"{tuple(weights[name].shape)} here"
-            )
-
-
-def snapshot_at(run: str | Path, epoch: int) -> Snapshot | None:
-    """The snapshot of a run at the end of an epoch, 0 for its start, or None where it has none."""
-    try:
-        return next((s for s in read_snapshots(run) if s.epoch == epoch and not s.within_epoch), None)
-    except FileNotFoundError:  # it was there in setup; that is no reason to stop a run
-        return None
+    if difference := mismatch(weights, other, ("this run", "the reference")):
+        raise MisconfigurationException(f"reference '{reference}' is of another net: {difference}")
 
 
 def _compared(prefix: str, a: Tensors, b: Tensors) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.state import State
+from zo_lightning.perturbed.weights import Weights
 
 Loss = Callable[[], Tensor]
 
@@ -153,9 +154,6 @@ class GradientEstimator(ABC):
                 f"{type(self).__name__} learns from step to step: make state = estimator.init(module) once, and pass it"
             )
         objective = Objective.of(loss, module)
-        if any(map(is_lazy, module.parameters())):  # their shapes come with the first pass
-            with objective.probe():
-                objective.loss()
         return self.estimate(objective, module, step, self.init(module) if state is None else state, lean)
 
 
@@ -168,6 +166,20 @@ def step_by_tensor(optimizer: torch.optim.Optimizer, estimate: Estimate) -> None
                 optimizer.step()
             finally:
                 p.grad = None
+
+
+def trained(objective: Objective, module: nn.Module) -> Weights:
+    """The trainable weights of a module; where their shapes come with the first pass, that is run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    weights = Weights.of(module)
+    if not any(map(is_lazy, weights)):
+        return weights
+    with objective.probe():
+        objective.loss()
+    return Weights.of(module)
 
 
 def resolve_seed(seed: int | None) -> int:

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_lightning.directions import Direction, Directions, Gaussian, mix
-from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed
+from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
 from zo_lightning.estimators.weight_space import average, draw, isotropic_cosine
 from zo_lightning.objective import Objective, check_loss
 from zo_lightning.perturbed.state import State
@@ -52,7 +52,7 @@ class ForwardGradient(GradientEstimator):
         """Push ``samples`` directions through the loss, and sum them up weighted by their slopes."""
         seed = resolve_seed(self.seed)
         objective.begin(mix(seed, step))
-        weights = Weights.of(module)
+        weights = trained(objective, module)
 
         def probes() -> Iterator[tuple[Direction, float, float]]:
             for direction in draw(self.directions, weights, self.samples, seed, step, state, lean):

@@ -8,12 +8,11 @@ from torch import nn
 from typing_extensions import Self
 
 from zo_lightning.directions import Direction, Directions, Sphere, mix
-from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed
+from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
 from zo_lightning.estimators.weight_space import average, draw, isotropic_cosine
 from zo_lightning.evaluation import Evaluation, OneByOne
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.state import State
-from zo_lightning.perturbed.weights import Weights
 from zo_lightning.stencils import CentralDifference, Stencil
 
 
@@ -74,7 +73,7 @@ class ZerothOrder(GradientEstimator):
         """Probe the loss along ``samples`` directions and sum them up, each weighted by its slope."""
         seed = resolve_seed(self.seed)
         objective.begin(mix(seed, step))
-        weights = Weights.of(module)
+        weights = trained(objective, module)
         directions = draw(self.directions, weights, self.samples, seed, step, state, lean)
         offsets = self.stencil.offsets
 

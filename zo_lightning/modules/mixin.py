@@ -1,9 +1,10 @@
 """Any LightningModule, trained by a gradient estimator."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
+from torchmetrics.wrappers.abstract import WrapperMetric
 
+from zo_lightning.costs import FlopMeter
 from zo_lightning.estimators import Backprop, GradientEstimator, ZerothOrder
 from zo_lightning.estimators.base import step_by_tensor
 from zo_lightning.objective import NonFiniteLoss, Objective
@@ -92,11 +95,18 @@ class EstimatedGradient(_Module):
         self.automatic_optimization = False
         self.forward_passes = 0
         self.skipped_steps = 0
+        self._flops = FlopMeter()
+        self._described: tuple[GradientEstimator | None, str] = None, ""
         self.estimated_objective: Objective | None = None
         self.estimator_state = State()
         self._lean = False
         self._skipped_in_a_row = 0
         self._monitors: dict[int, _Monitor] = {}
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations spent so far; NaN where they cannot be counted."""
+        return self._flops.total
 
     @property
     def mu(self) -> float | None:
@@ -114,7 +124,7 @@ class EstimatedGradient(_Module):
         optimizer: Any = self.optimizers()
         self.estimated_objective = objective
         try:
-            optimizer.step(closure=lambda: self._estimate(objective, optimizer))
+            optimizer.step(closure=lambda: self._estimate(objective, optimizer, batch))
         finally:
             self.estimated_objective = None
         self.forward_passes += objective.forward_passes
@@ -175,6 +185,7 @@ class EstimatedGradient(_Module):
         super().on_save_checkpoint(checkpoint)
         checkpoint["estimated_gradient"] = {
             "forward_passes": self.forward_passes,
+            "flops": self._flops.state_dict(),
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
             "estimator": self.estimator_state.state_dict(),
@@ -185,6 +196,7 @@ class EstimatedGradient(_Module):
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint.get("estimated_gradient", {})
         self.forward_passes = saved.get("forward_passes", 0)
+        self._flops.load_state_dict(saved.get("flops", FlopMeter().state_dict()))
         self.skipped_steps = saved.get("skipped_steps", 0)
         self._skipped_in_a_row = saved.get("skipped_in_a_row", 0)
         self.estimator_state = self.estimator.init(self)
@@ -197,19 +209,24 @@ class EstimatedGradient(_Module):
         parameters = inspect.signature(super().training_step).parameters.values()
         return 2 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else min(2, len(parameters))
 
-    def _estimate(self, objective: "_TrainingStep", optimizer: Any) -> Tensor:
+    def _estimate(self, objective: "_TrainingStep", optimizer: Any, batch: Any) -> Tensor:
         """What the optimizer's closure does: fill ``.grad``, or step by each tensor of it; returns the loss."""
         estimator = self.estimator if self.mu is None else self.estimator.with_mu(self.mu)
+        if self._described[0] is not self.estimator:
+            self._described = self.estimator, repr(self.estimator)
         optimizer.zero_grad()
+        known = self, self.global_step, self.estimator_state
         try:
             if self._lean:
                 with torch.no_grad():
-                    estimate = estimator.estimate(objective, self, self.global_step, self.estimator_state, lean=True)
+                    lean = partial(estimator.estimate, objective, *known, lean=True)
+                    estimate = self._flops.run(lean, self, batch, self._described[1])
                 objective.commit()
                 step_by_tensor(optimizer.optimizer, estimate)  # the optimizer's own step then finds no gradient
                 loss = estimate.loss
             else:
-                loss = estimator.backward(objective, self, self.global_step, self.estimator_state)
+                ordinary = partial(estimator.backward, objective, *known)
+                loss = self._flops.run(ordinary, self, batch, self._described[1])
                 objective.commit()
                 if self.gradient_clip_val is not None:
                     clip: Any = self.clip_gradients
@@ -302,6 +319,8 @@ class EstimatedGradient(_Module):
             "budget/forward_passes": float(self.forward_passes),
             "skipped_steps": float(self.skipped_steps),
         }
+        if math.isfinite(self.flops):
+            metrics["budget/flops"] = self.flops
         if self.mu is not None:
             metrics["mu"] = self.mu
         self.log_dict(metrics)
@@ -332,7 +351,12 @@ class _TrainingStep(Objective):
             metrics = [metric for metric in self.module.modules() if isinstance(metric, Metric)]
             counts = [metric._update_count for metric in metrics]
             output = self.output = self.training_step()
-            self._touched = [m for m, count in zip(metrics, counts, strict=True) if m._update_count != count]
+            wrapped = {id(inner) for m in metrics if isinstance(m, WrapperMetric) for inner in m.modules()}
+            self._touched = [
+                metric
+                for metric, count in zip(metrics, counts, strict=True)
+                if metric._update_count != count or id(metric) in wrapped  # a wrapper does not count
+            ]
         return output
 
     def backpropagate(self, loss: Tensor) -> None:

@@ -1,15 +1,16 @@
 """AMSGrad without bias correction, the update rule of AdaMM."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zo_lightning.optim.base import States, Tensors, UpdateRule
 from zo_lightning.optim.checks import check_at_least_0, check_lr, check_unit_interval
 
 
-class AdaMM(torch.optim.Optimizer):
+class AdaMM(UpdateRule):
     """Adaptive momentum method (Reddi et al., *On the convergence of Adam and beyond*, 2018; Chen et al. 2019).
 
     ``m ← β₁ m + (1 − β₁) g``, ``v ← β₂ v + (1 − β₂) g²``, ``v̂ ← max(v̂, v)``, ``x ← x − lr · m / (√v̂ + eps)``, all
@@ -28,6 +29,8 @@ class AdaMM(torch.optim.Optimizer):
         ValueError: an argument is out of its range.
     """
 
+    separable = True
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -45,35 +48,15 @@ class AdaMM(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "foreach": foreach}
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every weight that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for x in self._alike(group):
-                g = [p.grad for p in x if p.grad is not None]
-                m, v, v_hat = ([self.state[p][name] for p in x] for name in ("m", "v", "v_hat"))
-                foreach = group["foreach"]
-                if foreach is None:
-                    foreach = x[0].device.type not in ("cpu", "cuda")
-                (_foreach if foreach else _fused)(x, g, m, v, v_hat, group)
-        return loss
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return "m", "v", "v_hat"
 
-    def _alike(self, group: dict[str, Any]) -> list[list[Tensor]]:
-        """The weights of a group that have a gradient, apart by device and dtype; new ones get their state."""
-        alike: dict[Any, list[Tensor]] = {}
-        for p in group["params"]:
-            if p.grad is not None:
-                alike.setdefault((p.device, p.dtype), []).append(p)
-                if not self.state[p]:
-                    self.state[p] = {name: torch.zeros_like(p) for name in ("m", "v", "v_hat")}
-        return list(alike.values())
-
-
-Tensors = list[Tensor]
+    def _update(self, x: Tensors, g: Tensors, states: States, group: dict[str, Any]) -> None:
+        m, v, v_hat = ([state[name] for state in states] for name in ("m", "v", "v_hat"))
+        foreach = group["foreach"]
+        if foreach is None:
+            foreach = x[0].device.type not in ("cpu", "cuda")
+        (_foreach if foreach else _fused)(x, g, m, v, v_hat, group)
 
 
 def _foreach(x: Tensors, g: Tensors, m: Tensors, v: Tensors, v_hat: Tensors, group: dict[str, Any]) -> None:

@@ -1,15 +1,16 @@
 """SGD with momentum whose steps have one size, whatever the size of the gradient."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zo_lightning.optim.base import States, Tensors, UpdateRule
 from zo_lightning.optim.checks import check_at_least_0, check_lr, check_unit_interval
 
 
-class NormalizedSGD(torch.optim.Optimizer):
+class NormalizedSGD(UpdateRule):
     """Momentum SGD over the running size of the whole gradient: Adam whose weights share one second moment.
 
     ``m ← β₁ m + (1 − β₁) g``, ``v ← β₂ v + (1 − β₂) ‖g‖² / d``,
@@ -31,6 +32,8 @@ class NormalizedSGD(torch.optim.Optimizer):
         ValueError: an argument is out of its range.
     """
 
+    separable = False  # the step of a weight depends on the gradients of all weights of its group
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -46,29 +49,16 @@ class NormalizedSGD(torch.optim.Optimizer):
         check_at_least_0("weight_decay", weight_decay)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every weight that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            x = [p for p in group["params"] if p.grad is not None]
-            if x:
-                self._update(x, [p.grad for p in x if p.grad is not None], group)
-        return loss
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("m",)
 
-    def _update(self, x: list[Tensor], g: list[Tensor], group: dict[str, Any]) -> None:
+    def _update(self, x: Tensors, g: Tensors, states: States, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         lr = float(group["lr"])
         # Each tensor keeps its own part of v, one number, so that the state is by weight as any optimizer's.
-        for p in x:
-            if not self.state[p]:
-                self.state[p] = {"step": torch.zeros(()), "m": torch.zeros_like(p), "v": p.new_zeros(())}
-        states = [self.state[p] for p in x]
-        for state in states:
-            state["step"] += 1
+        for p, state in zip(x, states, strict=True):
+            state.setdefault("step", torch.zeros(())).add_(1)
+            state.setdefault("v", p.new_zeros(()))
         steps = [state["step"].item() for state in states]
         torch._foreach_lerp_([state["m"] for state in states], g, 1 - beta1)
         for state, norm in zip(states, torch._foreach_norm(g), strict=True):

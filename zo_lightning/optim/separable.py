@@ -2,6 +2,8 @@
 
 import torch
 
+from zo_lightning.optim.base import UpdateRule
+
 _SEPARABLE = (*("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),)
 
 
@@ -13,5 +15,6 @@ def is_separable(optimizer: torch.optim.Optimizer) -> bool:
     """
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return False
-    known = type(optimizer).__module__.startswith("torch.optim.") and type(optimizer).__name__ in _SEPARABLE
-    return known or bool(getattr(optimizer, "separable", False))
+    if isinstance(optimizer, UpdateRule):
+        return optimizer.separable
+    return type(optimizer).__module__.startswith("torch.optim.") and type(optimizer).__name__ in _SEPARABLE

@@ -1,15 +1,16 @@
 """SGD that keeps only the signs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zo_lightning.optim.base import States, Tensors, UpdateRule
 from zo_lightning.optim.checks import check_lr, check_unit_interval
 
 
-class SignSGD(torch.optim.Optimizer):
+class SignSGD(UpdateRule):
     """Sign descent, ``m ← β m + (1 − β) g``, ``x ← x − lr · sign(m)`` (Bernstein et al. 2018; ZO: Liu et al. 2019).
 
     Args:
@@ -21,6 +22,8 @@ class SignSGD(torch.optim.Optimizer):
         ValueError: an argument is out of its range.
     """
 
+    separable = True
+
     def __init__(
         self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float = 1e-3, momentum: float = 0.0
     ) -> None:
@@ -28,20 +31,13 @@ class SignSGD(torch.optim.Optimizer):
         check_unit_interval("momentum", momentum)
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every weight that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            x = [p for p in group["params"] if p.grad is not None]
-            for p in x:
-                m = p.grad
-                if group["momentum"]:
-                    if not self.state[p]:
-                        self.state[p]["m"] = torch.zeros_like(p)
-                    m = self.state[p]["m"].lerp_(p.grad, 1 - group["momentum"])
-                p.add_(m.sign(), alpha=-float(group["lr"]))
-        return loss
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("m",) if group["momentum"] else ()
+
+    def _update(self, x: Tensors, g: Tensors, states: States, group: dict[str, Any]) -> None:
+        m = g
+        if group["momentum"]:
+            m = [state["m"] for state in states]
+            torch._foreach_lerp_(m, g, 1 - group["momentum"])
+        for p, moment in zip(x, m, strict=True):
+            p.add_(moment.sign(), alpha=-float(group["lr"]))

@@ -24,7 +24,7 @@ class State:
 
     def __init__(self) -> None:
         self.visible: dict[str, bool] = {}
-        self._scratch: dict[str, list[Tensor]] = {}
+        self._scratch: dict[str, tuple[list[Tensor], Weights | None]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how a run goes on, as plain containers and tensors."""
@@ -55,8 +55,11 @@ class State:
             _log.warning("no use of %s shows in a forward pass: moved in place for each, and put back", names)
         return loss if watched.seen | hidden >= set(new) else self.loss_at(objective, weights, value)
 
+    @torch.no_grad()
     def loss_along(self, objective: Objective, weights: Weights, direction: Direction, distance: float) -> float:
         """The loss at ``x + distance · u``; memory is that of one tensor unless the direction holds its tensors.
+
+        The points require a gradient as the weights do: some of PyTorch's functions round differently by that alone.
 
         Raises:
             NonFiniteLoss: the loss is NaN or infinite.
@@ -65,10 +68,10 @@ class State:
 
             def moved(position: int) -> Tensor:
                 u = direction[position]
-                return torch.add(weights[position].detach(), u, alpha=distance, out=u)
+                return torch.add(weights[position].detach(), u, alpha=distance, out=u).requires_grad_()
 
             return self.loss_at(objective, weights, Recent(weights, moved))
-        points = self.scratch("points", weights)
+        points = [point.requires_grad_() for point in self.scratch("points", weights)]
         torch._foreach_copy_(points, [p.detach() for p in weights])
         torch._foreach_add_(points, direction.held, alpha=distance)
         return self.loss_at(objective, weights, points.__getitem__)
@@ -79,9 +82,11 @@ class State:
         Memory that is given back and asked for again comes as new pages, each at the price of a page fault: on a net of
         2.8 million weights those took longer than the arithmetic of the whole step.
         """
-        kept = self._scratch.get(name, [])
-        if len(kept) != len(weights) or not all(map(_alike, kept, weights)):
-            kept = self._scratch[name] = [torch.empty_like(p) for p in weights]
+        kept, of = self._scratch.get(name, ([], None))
+        if of is not weights:  # of an earlier step
+            if len(kept) != len(weights) or not all(map(_alike, kept, weights)):
+                kept = [torch.empty_like(p) for p in weights]
+            self._scratch[name] = kept, weights
         return kept
 
 

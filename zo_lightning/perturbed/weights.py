@@ -37,28 +37,31 @@ class Weights(Sequence[nn.Parameter]):
         Raises:
             ValueError: there is none.
         """
-        names, params = [], []
-        for name, p in module.named_parameters():
-            if p.requires_grad:
-                names.append(name)
-                params.append(p)
+        names: list[str] = []
+        params: list[nn.Parameter] = []
+        padded: list[tuple[int, int]] = []
+        opaque: set[int] = set()
+        owners: dict[int, int] = {}  # by a weight's id
+        for prefix, owner in module.named_modules():
+            for name, p in owner._parameters.items():
+                if p is not None and p.requires_grad and id(p) not in owners:
+                    names.append(f"{prefix}.{name}" if prefix else name)
+                    params.append(p)
+                owners[id(p)] = owners.get(id(p), 0) + 1
+            if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+                if owner.padding_idx is not None:
+                    padded.append((id(owner.weight), owner.padding_idx))
+            elif _is_opaque(owner):
+                opaque |= set(map(id, owner.parameters()))
         if not params:
             kind = type(module).__name__
             raise ValueError(f"{kind} has no parameter with requires_grad=True: there is nothing to train")
+        if not padded and not opaque:
+            return cls(names, params)
         positions = {id(p): position for position, p in enumerate(params)}
-        still: dict[int, int] = {}
-        opaque: set[int] = set()
-        for owner in module.modules():
-            if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
-                if owner.padding_idx is not None and id(owner.weight) in positions:
-                    still[positions[id(owner.weight)]] = owner.padding_idx
-            elif _is_opaque(owner):
-                opaque |= {positions[id(p)] for p in owner.parameters() if id(p) in positions}
-        for owner in module.modules() if still else ():
-            if not isinstance(owner, nn.Embedding | nn.EmbeddingBag):  # tied to another layer, which trains the row
-                for p in owner._parameters.values():
-                    still.pop(positions.get(id(p), -1), None)
-        return cls(names, params, still, frozenset(opaque))
+        # A weight that another layer shares is trained there, the padding row too.
+        still = {positions[i]: row for i, row in padded if i in positions and owners[i] == 1}
+        return cls(names, params, still, frozenset(positions[i] for i in opaque if i in positions))
 
     def __len__(self) -> int:
         return len(self.params)
@@ -72,8 +75,9 @@ class Weights(Sequence[nn.Parameter]):
 
 def _is_opaque(module: nn.Module) -> bool:
     """Whether a module's code runs where PyTorch's functions cannot be seen: compiled, or TorchScript."""
-    compiled = "_orig_mod" in module._modules or module._compiled_call_impl is not None
-    return compiled or isinstance(module, torch.jit.ScriptModule)
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 class DisplacedWeights(TorchFunctionMode):
@@ -186,14 +190,14 @@ ASKS: set[Any] = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {geta
 """What asks about a tensor without reading its numbers."""
 
 
+_OPERATORS = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+_OPERATORS |= {"__setitem__", "__set__"}
+
+
 def writes(func: Callable[..., Any]) -> bool:
     """Whether a function writes into its first argument, by PyTorch's convention of names."""
     name = getattr(func, "__name__", "")
-    return (
-        (name.endswith("_") and not name.endswith("__"))
-        or (name.startswith("__i") and name != "__invert__")
-        or (name in ("__setitem__", "__set__"))
-    )
+    return name.endswith("_") and (not name.endswith("__") or name in _OPERATORS)
 
 
 class Recent:

@@ -9,8 +9,9 @@ from statistics import fmean
 from typing import Any, NoReturn
 
 from zo_lightning.cli_errors import UserError
+from zo_lightning.study.folder import claim, is_finished, seconds_of
 from zo_lightning.study.grid import Cell, Study, read_study
-from zo_lightning.study.runs import Fit, Outcome, claim, is_finished, run_cells, seconds_of
+from zo_lightning.study.runs import Fit, Outcome, run_cells
 
 LOGS = Path("lightning_logs")
 COMMANDS = {

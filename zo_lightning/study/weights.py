@@ -1,31 +1,19 @@
 """How the weights of two methods compare over training, read from the snapshots of their runs."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
 from zo_lightning.measures import WHOLE, cosine, l2_distance, matched
-from zo_lightning.snapshots import Snapshot, read_snapshots
+from zo_lightning.snapshots import Snapshot, snapshots_by_epoch
 from zo_lightning.study.grid import Cell
 from zo_lightning.study.results import Results
+from zo_lightning.trajectories import Trajectory, trajectories
 
 SIMILARITY = ("method", "net", "d", "seed", "epoch", "layer", "cosine", "l2", "matched")
 Progress = Callable[[str], None]
-
-
-def snapshots(run: Path) -> dict[int, Callable[[], dict[str, Tensor] | None]]:
-    """Readers of a run's weights by the number of epochs done, 0 at initialisation; empty where there are none.
-
-    A reader gives None where its snapshot is damaged.
-    """
-    try:
-        return {shot.epoch: partial(_load, shot) for shot in read_snapshots(run) if not shot.within_epoch}
-    except FileNotFoundError:
-        return {}
 
 
 def similarity(results: Results, progress: Progress = lambda what: None) -> pd.DataFrame:
@@ -38,10 +26,10 @@ def similarity(results: Results, progress: Progress = lambda what: None) -> pd.D
     rows = []
     for cell, ref in pairs(results):
         progress(f"weights of {cell}")
-        one, other = snapshots(results.folder / cell.folder), snapshots(results.folder / ref.folder)
+        one, other = (snapshots_by_epoch(results.folder / run.folder) for run in (cell, ref))
         for epoch in sorted(one.keys() & other.keys()):
-            a, b = one[epoch](), other[epoch]()
-            if a is not None and b is not None:
+            a, b = _load(one[epoch]), _load(other[epoch])
+            if a and b:
                 rows += _compared(a, b, cell, results.nets[cell.net], epoch)
     return pd.DataFrame(rows, columns=list(SIMILARITY))
 
@@ -54,38 +42,16 @@ def pairs(results: Results) -> Iterator[tuple[Cell, Cell]]:
             yield cell, reference[cell.net, cell.seed]
 
 
-def trajectories(results: Results, net: str, seed: int) -> dict[str, pd.DataFrame]:
-    """The filters of a net over training, of all methods with this seed, by convolution layer.
-
-    Each table has ``method``, ``epoch``, ``filter`` and the filter's weights, one per further column.
-    """
-    rows: dict[str, list[pd.DataFrame]] = {}
+def filter_paths(results: Results, net: str, seed: int) -> dict[str, list[Trajectory]]:
+    """The filters of a net over training, a trajectory for each method with this seed, by convolution layer."""
+    found: dict[str, list[Trajectory]] = {}
     for cell in results.cells:
-        if (cell.net, cell.seed) != (net, seed):
-            continue
-        for epoch, load in sorted(snapshots(results.folder / cell.folder).items()):
-            for layer, weight in _convolutions(load() or {}).items():
-                table = pd.DataFrame(weight.flatten(1).numpy())
-                table.insert(0, "filter", np.arange(len(weight)))
-                table.insert(0, "epoch", epoch)
-                table.insert(0, "method", cell.method)
-                rows.setdefault(layer, []).append(table)
-    return {layer: pd.concat(tables, ignore_index=True) for layer, tables in rows.items()}
-
-
-def embed(weights: np.ndarray, seed: int = 0) -> np.ndarray:
-    """t-SNE of vectors [n, k] in the plane [n, 2], initialised by PCA (van der Maaten & Hinton 2008).
-
-    NaN where there are fewer than four vectors, where they are all the same, and for one that is not finite.
-    """
-    from sklearn.manifold import TSNE
-
-    placed, finite = np.full((len(weights), 2), np.nan), np.isfinite(weights).all(1)
-    chosen = weights[finite].astype(np.float64)
-    if len(chosen) >= 4 and np.ptp(chosen, axis=0).max() > 0:
-        perplexity = min(30.0, (len(chosen) - 1) / 3)
-        placed[finite] = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(chosen)
-    return placed
+        if (cell.net, cell.seed) == (net, seed):
+            shots = sorted(snapshots_by_epoch(results.folder / cell.folder).items())
+            history = ((epoch, _convolutions(_load(shot))) for epoch, shot in shots)
+            for layer, path in trajectories(cell.method, history).items():
+                found.setdefault(layer, []).append(path)
+    return found
 
 
 def first_filters(results: Results, net: str, seed: int) -> dict[str, Tensor]:
@@ -94,8 +60,8 @@ def first_filters(results: Results, net: str, seed: int) -> dict[str, Tensor]:
     for cell in results.cells:
         if (cell.net, cell.seed) != (net, seed):
             continue
-        if shots := snapshots(results.folder / cell.folder):
-            layers = _convolutions(shots[max(shots)]() or {})
+        if shots := snapshots_by_epoch(results.folder / cell.folder):
+            layers = _convolutions(_load(shots[max(shots)]))
             if layers:
                 found[cell.method] = next(iter(layers.values()))
     return {method: found[method] for method in results.methods if method in found}
@@ -106,11 +72,12 @@ def short(name: str) -> str:
     return name.removeprefix("net.").removesuffix(".weight")
 
 
-def _load(shot: Snapshot) -> dict[str, Tensor] | None:
+def _load(shot: Snapshot) -> dict[str, Tensor]:
+    """The weights of a snapshot; none where it is damaged."""
     try:
         return shot.load()
     except (OSError, ValueError):
-        return None
+        return {}
 
 
 def _convolutions(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

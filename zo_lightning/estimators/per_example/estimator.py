@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from zo_lightning.directions import mix
-from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed
+from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
 from zo_lightning.estimators.per_example.feedback import Shrinkage
 from zo_lightning.estimators.per_example.noise import OutputNoise, Seen, SharedNoise
 from zo_lightning.estimators.per_example.output import (
@@ -147,7 +147,7 @@ class PerExample(GradientEstimator):
         """Displace every example along ``samples`` noises of its own, and put their slopes together."""
         seed, known = resolve_seed(self.seed), cast(PerExampleState, state)
         objective.begin(mix(seed, step))
-        weights = Weights.of(module)
+        weights = trained(objective, module)
         grads: dict[nn.Parameter, Tensor] = {}
         with objective.guard():
             if known.trained != weights.names:  # at first, and when weights were frozen or unfrozen

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from zo_lightning.study.measures import common_epoch, exponent, exponents, final, mean_interval, over_seeds, ratios
+from zo_lightning.study.statistics import common_epoch, exponent, exponents, final, mean_interval, over_seeds, ratios
 
 
 def test_mean_interval_is_students() -> None:

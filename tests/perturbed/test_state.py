@@ -1,0 +1,143 @@
+"""What is learned of a module: which weights no pass shows, so that they are moved in place."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zo_lightning import CentralDifference, NonFiniteLoss, Objective, Rademacher, ZerothOrder
+from zo_lightning.perturbed.state import State
+from zo_lightning.perturbed.weights import Weights
+
+
+def scripted() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    inner = torch.jit.script(nn.Linear(3, 4))
+    net = nn.Sequential(inner, nn.Tanh(), nn.Linear(4, 2))
+    return net, net
+
+
+def compiled() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    net = torch.compile(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), backend="eager")
+    return net, net  # type: ignore[return-value]
+
+
+def compiled_closure() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    net: Any = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    return net, torch.compile(net.forward, backend="eager")
+
+
+def through_numpy() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """A foreign loss that holds the memory of a weight, as a runtime with its own view of the net does."""
+    net: Any = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    raw = net[0].weight.detach().numpy()
+
+    def forward(x: Tensor) -> Tensor:
+        hidden = torch.from_numpy(np.asarray(x) @ raw.T) + net[0].bias
+        return net[2](hidden.tanh())
+
+    return net, forward
+
+
+def numpy_each_time() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """A loss that asks a weight for its array each time: a use as any other."""
+    net: Any = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(x: Tensor) -> Tensor:
+        hidden = torch.from_numpy(x.numpy() @ net[0].weight.detach().numpy().T)
+        return net[2](hidden.tanh()) + net[0].bias.sum()
+
+    return net, forward
+
+
+FOREIGN = [scripted, compiled, compiled_closure, through_numpy, numpy_each_time]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("make", FOREIGN)
+def test_slopes_through_foreign_code_are_right(make: Callable[[], Any], lean: bool) -> None:
+    """The estimate is c u for one c: that of the loss at weights that are moved by hand."""
+    torch.manual_seed(0)
+    net, forward = make()
+    x = torch.randn(5, 3)
+    estimator = ZerothOrder(Rademacher(), CentralDifference(1e-2), seed=3)
+    state = estimator.init(net)
+    weights = list(net.parameters())
+
+    def loss() -> Tensor:
+        return F.mse_loss(forward(x), torch.ones(5, 2))
+
+    for step in range(2):
+        before = [p.detach().clone() for p in weights]
+        u = Rademacher().draw(weights, 3, step, 0).tensors()
+        ends = []
+        with torch.no_grad():
+            for sign in (1, -1):
+                for p, b, t in zip(weights, before, u, strict=True):
+                    p.copy_(b + sign * 1e-2 * t)
+                ends.append(float(loss()))
+            for p, b in zip(weights, before, strict=True):
+                p.copy_(b)
+        objective = Objective(loss, net)
+        gradients = dict(estimator.estimate(objective, net, step, state, lean=lean).gradients)
+        slope = (ends[0] - ends[1]) / 2e-2
+        for p, b, t in zip(weights, before, u, strict=True):
+            assert torch.equal(p, b)
+            # The losses are rounded to 1e-7, and divided by 2e-2.
+            assert torch.allclose(gradients[p], slope * t, rtol=1e-3, atol=2e-5)
+            assert gradients[p].any()
+
+
+def test_a_weight_that_no_pass_shows_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    net, forward = through_numpy()
+    estimator = ZerothOrder(seed=0)
+    state, objective = estimator.init(net), Objective(lambda: forward(torch.ones(2, 3)).sum(), net)
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            estimator.backward(objective, net, step, state)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no use of 0.weight shows in a forward pass: moved in place for each, and put back"
+    ]
+    assert objective.forward_passes == 7, "the first pass is repeated"
+    assert state.state_dict() == {"visible": {"0.weight": False, "0.bias": True, "2.weight": True, "2.bias": True}}
+    again = State()
+    again.load_state_dict(state.state_dict())
+    estimator.backward(objective, net, 3, again)
+    assert objective.forward_passes == 9
+
+
+def test_weights_that_are_unfrozen_later_are_looked_at_then() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    net[1].requires_grad_(False)
+    estimator, state = ZerothOrder(seed=0), State()
+
+    def loss() -> Tensor:
+        return net(torch.ones(2, 3)).sum()
+
+    estimator.backward(loss, net, 0, state)
+    assert set(state.visible) == {"0.weight", "0.bias"}
+    net.requires_grad_(True)
+    estimator.backward(loss, net, 1, state)
+    assert state.visible == dict.fromkeys(["0.weight", "0.bias", "1.weight", "1.bias"], True)
+
+
+def test_a_first_pass_that_fails_says_nothing_about_the_weights() -> None:
+    net, state = nn.Linear(2, 1), State()
+    with pytest.raises(NonFiniteLoss):
+        ZerothOrder(seed=0).backward(lambda: net(torch.ones(1, 2)).sum() * float("nan"), net, 0, state)
+    assert state.visible == {}
+
+
+def test_memory_is_kept_until_the_weights_change() -> None:
+    net, state = nn.Linear(3, 2), State()
+    first = state.scratch("points", Weights.of(net))
+    assert [t.shape for t in first] == [p.shape for p in net.parameters()]
+    assert all(a is b for a, b in zip(first, state.scratch("points", Weights.of(net)), strict=True))
+    assert not any(a is b for a in first for b in state.scratch("direction", Weights.of(net)))
+    net.double()
+    assert [t.dtype for t in state.scratch("points", Weights.of(net))] == [torch.float64] * 2

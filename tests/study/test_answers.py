@@ -1,0 +1,27 @@
+"""What a study says in words and numbers."""
+
+import numpy as np
+import pandas as pd
+
+from zo_lightning.study import answers
+from zo_lightning.study.minima import SHARPNESS
+from zo_lightning.study.results import Results
+
+
+def test_barrier_is_the_height_above_the_line_between_the_ends(results: Results) -> None:
+    """Loss 1 − t + 8 t (1 − t) has ends of 1 and 0 and a barrier of 2 at its middle; what is outside [0, 1] is none."""
+    position = np.linspace(-0.25, 1.25, 7)
+    loss = 1 - position + 8 * position * (1 - position)
+    ends = [{"method": "ZO-AdaMM", "net": net, "d": d, "seed": 1} for net, d in results.nets.items()]
+    line = pd.concat([pd.DataFrame({**end, "position": position, "loss": loss}) for end in ends])
+    around = pd.DataFrame([{**end, "loss": 1.0, "increase": 0.25} for end in ends], columns=list(SHARPNESS))
+    said = answers.minima(results, line, around)
+    assert "in nats: ZO-AdaMM 2.00 → 2.00." in said
+    assert said.endswith("under 10% noise: ZO-AdaMM 0.250 → 0.250.")
+
+
+def test_table_has_a_row_for_each_method_and_size(results: Results) -> None:
+    table = answers.final_table(results)
+    assert table["method"].tolist() == ["FO-AdaMM", "ZO-AdaMM"] * 2
+    assert set(table["epochs"]) == {"3"}
+    assert table["accuracy − FO-AdaMM's"].eq("–").tolist() == [True, False] * 2

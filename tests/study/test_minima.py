@@ -1,0 +1,30 @@
+"""The loss along the line between two minima, and around each."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from zo_lightning.study.minima import line_between, sharpness
+
+
+def quadratic(weights: dict[str, Tensor]) -> tuple[float, float]:
+    return float(0.5 * weights["w"].square().sum()), float(weights["w"].sum())
+
+
+def test_line_passes_through_both_ends() -> None:
+    a, b = {"w": torch.zeros(2, 2)}, {"w": torch.ones(2, 2)}
+    points = line_between(a, b, quadratic, np.array([-0.5, 0.0, 0.5, 1.0]))
+    assert points == [(-0.5, 0.5, -2.0), (0.0, 0.0, 0.0), (0.5, 0.5, 2.0), (1.0, 2.0, 4.0)]
+
+
+def test_sharpness_of_a_quadratic() -> None:
+    """½‖w + σ‖w_f‖ ξ‖² rises by ½ σ² Σ‖w_f‖² and a term of mean zero, σ Σ ‖w_f‖ <w_f, ξ_f>."""
+    weights = {"w": torch.randn(8, 100, generator=torch.Generator().manual_seed(0)), "bias": torch.ones(8)}
+    at, rise = sharpness(weights, quadratic, noise=0.1, samples=200)
+    squares = weights["w"].square().sum(1)
+    assert at == pytest.approx(float(squares.sum()) / 2)
+    # <w_f, ξ_f> = ‖w_f‖ cos with E cos² = 1/100: the standard error of the mean over 200 samples
+    error = 0.1 * float(squares.square().sum().sqrt()) / 10 / np.sqrt(200)
+    assert rise == pytest.approx(0.005 * float(squares.sum()), abs=4 * error)
+    assert sharpness(weights, quadratic) == sharpness(weights, quadratic)

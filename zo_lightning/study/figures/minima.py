@@ -1,0 +1,71 @@
+"""Figures of the minima: the line between two, and the rise of the loss around each."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from zo_lightning.study.figures.style import (
+    SIZE,
+    NothingToDraw,
+    aside,
+    band,
+    finish,
+    panel_grid,
+    panel_legend,
+    plain_log_ticks,
+    rows_of,
+    share_labels,
+    size_title,
+    style_of,
+)
+from zo_lightning.study.results import Results
+from zo_lightning.study.statistics import over_seeds
+
+
+def minima_line(results: Results, line: pd.DataFrame, quantity: str) -> Figure:
+    """Loss or accuracy on the straight line from the reference's minimum (0) to a method's (1); a panel per size."""
+    if line.empty:
+        raise NothingToDraw("no two runs of the same net and seed have their last weights")
+    figure, panels = panel_grid(results)
+    for axes, (net, d) in zip(panels, results.nets.items(), strict=True):
+        for method in results.others:
+            own = rows_of(line, method=method, net=net)
+            if not own.empty:
+                curve = over_seeds(own, quantity, by="position")
+                band(
+                    axes,
+                    curve["position"].to_numpy(float),
+                    curve,
+                    label=method,
+                    **style_of(results, method),
+                    markevery=5,
+                )
+        for end in (0, 1):
+            axes.axvline(end, color="grey", lw=0.8, ls=":")
+        axes.set_title(size_title(net, d), fontsize=9)
+        if quantity == "loss":
+            axes.set_yscale("log")
+            plain_log_ticks(axes.yaxis)
+    label = "training loss [nats]" if quantity == "loss" else "training accuracy"
+    share_labels(figure, f"position on the line (0: {results.study.reference}, 1: the other method)", label)
+    panel_legend(figure, panels)
+    return figure
+
+
+def sharpness_by_size(results: Results, around: pd.DataFrame) -> Figure:
+    """By how much noise on the weights raises the training loss, where each method has ended, against d."""
+    if around.empty:
+        raise NothingToDraw("no run has its last weights")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for method in results.methods:
+        beside = aside(results, method)
+        curve = over_seeds(rows_of(around, method=method), "increase", by="d")
+        if not curve.empty:
+            error = None if curve["std"].isna().all() else curve["std"].fillna(0)
+            axes.errorbar(
+                curve["d"] * beside, curve["mean"], error, label=method, capsize=3, ms=5, **style_of(results, method)
+            )
+    axes.set(xscale="log", xlabel=SIZE, ylabel="rise of the training loss [nats]")
+    axes.set_title("under noise of 10 % of each filter's norm; mean ± standard deviation over seeds", fontsize=9)
+    finish(axes, outside=figure)
+    return figure

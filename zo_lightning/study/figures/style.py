@@ -1,0 +1,123 @@
+"""What the study's figures share: colours and marks of the methods, panels of the sizes, legends and ticks."""
+
+from collections.abc import Mapping
+from itertools import cycle, islice
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+from zo_lightning.study.results import Results
+
+# Okabe and Ito's, for every kind of colour vision; beside it, markers and dashes tell the methods apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SIZE = "number of weights d"
+
+
+class NothingToDraw(Exception):
+    """What a figure shows is not in the results; the message says what is missing."""
+
+
+def rows_of(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
+    """The rows of a table in which the named columns have the given values."""
+    for column, value in wanted.items():
+        table = table[table[column] == value]
+    return table
+
+
+def style_of(results: Results, method: str) -> dict[str, Any]:
+    """The colour and the marker of a method, the same in every figure of the study."""
+    index = list(results.study.methods).index(method)
+    return {"color": next(islice(cycle(COLOURS), index, None)), "marker": next(islice(cycle(MARKERS), index, None))}
+
+
+def aside(results: Results, method: str) -> float:
+    """A factor that moves a method's points a little aside: bars at the same size would hide each other."""
+    return float(1.06 ** (results.methods.index(method) - (len(results.methods) - 1) / 2))
+
+
+def size_colours(results: Results) -> dict[str, Any]:
+    """A colour for each net, the darker the smaller."""
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(results.nets)))
+    return dict(zip(results.nets, colours, strict=True))
+
+
+def size_title(net: str, d: int) -> str:
+    """The title of a net's panel: its class and its size."""
+    return f"{net.partition(' ')[0]}, d = {d:,}"
+
+
+def panel_grid(results: Results) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each net, smallest first."""
+    count = len(results.nets)
+    columns = min(4, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(5.5, 3.1 * columns), 2.6 * rows + 0.9), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    for axes in grid[:count]:
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=8)
+    return figure, list(grid[:count])
+
+
+def band(axes: Axes, x: np.ndarray, curve: pd.DataFrame, **style: Any) -> None:
+    """Draw a mean over ``x``, and the standard deviation around it where there is one (columns of ``over_seeds``)."""
+    style = {"lw": 1.4, "ms": 3.5, "markevery": max(1, len(x) // 6), **style}
+    axes.plot(x, curve["mean"], **style)
+    if curve["std"].notna().any():
+        low, high = curve["mean"] - curve["std"], curve["mean"] + curve["std"]
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.18, lw=0)
+
+
+def share_labels(figure: Figure, x: str, y: str) -> None:
+    """Label the axes of all panels together."""
+    figure.supxlabel(x, fontsize=10)
+    figure.supylabel(y, fontsize=10)
+
+
+def method_legend(figure: Figure, results: Results, extra: Mapping[str, Any], **override: Any) -> None:
+    """A legend above the panels: a line for each method, its style changed by ``override``, and ``extra`` lines."""
+    entries = {method: {**style_of(results, method), "ms": 4, **override} for method in results.methods}
+    entries |= extra
+    handles = [Line2D([], [], label=label, **style) for label, style in entries.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9)
+
+
+def panel_legend(figure: Figure, panels: list[Axes]) -> None:
+    """A legend above the panels of what is drawn in any of them."""
+    entries = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(7, len(entries)), fontsize=9)
+
+
+def finish(axes: Axes, outside: Figure | None = None) -> None:
+    """Add the grid and the legend, which is in the axes or beside them in the figure ``outside``."""
+    axes.grid(alpha=0.3)
+    if outside is None:
+        axes.legend(fontsize=8)
+    else:
+        handles, names = axes.get_legend_handles_labels()
+        outside.legend(handles, names, loc="outside right center", fontsize=8)
+
+
+def whole_epochs(axes: Axes) -> None:
+    """Ticks at whole numbers only."""
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+
+
+def plain_log_ticks(axis: Any, steps: tuple[float, ...] = (1, 1.5, 2, 3, 5, 7)) -> None:
+    """Numbers such as 0.3 in place of powers; within a decade at all ``steps``."""
+    low, high = axis.get_view_interval()
+    if high < 2 * low:
+        axis.set_major_locator(MaxNLocator(5))
+    else:
+        axis.set_major_locator(LogLocator(subs=steps if high < 10 * low else (1, 3)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())

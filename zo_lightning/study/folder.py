@@ -1,0 +1,135 @@
+"""A study's folder: whose it is, which of its runs are complete, and files that are written whole or not at all."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+import yaml
+
+from zo_lightning.cli_errors import UserError
+from zo_lightning.study.grid import Cell, Study, first_difference, read_yaml
+
+DECLARATION = "study.yaml"
+FINISHED = "finished.yaml"  # a run's folder holds it when, and only when, the run is complete
+METRICS = "metrics.csv"
+
+
+def claim(study: Study, folder: Path) -> None:
+    """Make a folder the study's own, or see that it is.
+
+    A study may have grown since: new methods, nets and seeds are cells that have not been run.
+
+    Raises:
+        UserError: something else is there, a study that is running, or one in which a cell has another configuration;
+            nothing is changed.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file; the study needs a folder of that name")
+    declared = folder / DECLARATION
+    # What begins with a dot may be our own: a study that was stopped while it claimed the folder.
+    if folder.exists() and not declared.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UserError(f"'{folder}' holds something that is no study: choose another name, or empty it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with running(folder):
+        if declared.exists():
+            _check_same(read_declaration(folder), study, folder)
+        write_whole(declared, yaml.safe_dump(study.declaration(), sort_keys=False))
+
+
+def read_declaration(folder: Path) -> Study:
+    """The study to which a folder belongs.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"'{folder}' does not exist" if not folder.exists() else f"'{folder}' is no folder")
+    if not (folder / DECLARATION).is_file():
+        raise UserError(f"'{folder}' holds no study: it has no {DECLARATION}")
+    try:
+        return Study.from_declaration(read_yaml(folder / DECLARATION))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"'{folder / DECLARATION}' is damaged: {error!r}") from error
+
+
+def is_finished(folder: Path, cell: Cell) -> bool:
+    """Whether a cell's run is complete."""
+    return seconds_of(folder, cell) is not None
+
+
+def seconds_of(folder: Path, cell: Cell) -> float | None:
+    """How long a cell's complete run took; None where it is not complete, or what a crash has left of it is broken."""
+    run = folder / cell.folder
+    try:
+        about = yaml.safe_load((run / FINISHED).read_text(encoding="utf-8"))
+        whole = "parameters" in about and (run / METRICS).stat().st_size > 0
+        return float(about["seconds"]) if whole else None
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
+
+
+def running(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold a study's folder as the one process that runs it.
+
+    Raises:
+        UserError: another process does.
+    """
+    return locked(folder / ".lock", f"another process is running the study in '{folder}'")
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
+    """Hold a file's lock, which the system gives back however the process ends. Wait for it, or refuse."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError as error:
+            raise UserError(refusal or "") from error
+        yield
+
+
+def sync_metrics(path: Path) -> None:
+    """See that a run's metrics are on the disk before the run is called finished."""
+    if not path.exists() or path.stat().st_size == 0:
+        raise UserError(f"the run has written no {path.name}: has it trained an epoch?")
+    with path.open("a") as file:
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write all of a file, or nothing, even where the machine stops in between."""
+    staged = path.with_name(f".{path.name}.new")
+    with staged.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
+
+
+def _check_same(there: Study, here: Study, folder: Path) -> None:
+    advice = "choose another name, or remove the folder"
+    if there.snapshots != here.snapshots:
+        raise UserError(
+            f"'{folder}' belongs to a study with snapshots: {there.snapshots}, not {here.snapshots}: {advice}"
+        )
+    if _split(there.options) != _split(here.options):
+        raise UserError(
+            f"'{folder}' belongs to a study with the options '{' '.join(there.options)}', "
+            f"not '{' '.join(here.options)}': {advice}"
+        )
+    new = {cell.folder: cell for cell in here.cells()}
+    for old in there.cells():
+        cell = new.get(old.folder)
+        if cell is None:
+            raise UserError(f"'{folder}' belongs to a study with a cell that this one lacks ({old}): {advice}")
+        for there_and_here in zip_longest(old.overlays, cell.overlays, fillvalue={}):
+            if where := first_difference(*there_and_here):
+                raise UserError(f"'{folder}' belongs to a study with another configuration of {old}: {where}; {advice}")
+
+
+def _split(options: Sequence[str]) -> list[str]:
+    """Words of a command line, of which --name=value and --name value are the same."""
+    return [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]

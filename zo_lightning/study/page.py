@@ -1,0 +1,77 @@
+"""A report as text: the page and its summary."""
+
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from zo_lightning.study.results import Results
+from zo_lightning.study.sections import Section
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+_TABLE_NOTE = (
+    "Means over seeds with their 95 % confidence interval (Student's t) in brackets. The difference to the reference "
+    "is paired by seed."
+)
+_PUBLISHED_NOTE = " Published: mean of 10 runs, after the same epoch."
+
+
+def html(results: Results, table: pd.DataFrame, sections: list[Section]) -> str:
+    """The page, whose figures are drawn: one file that needs no other."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    template = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    settings = {
+        name: yaml.safe_dump_all([*method.overlays, *({"at scale": s, **o} for s, o in method.by_scale.items())])
+        for name, method in results.study.methods.items()
+    }
+    return template.render(
+        name=results.study.name,
+        overview=_overview(results),
+        diverged=_diverged(results) if results.diverged else "",
+        missing=_missing(results),
+        sections=sections,
+        table=Markup(table.to_html(index=False, border=0)),
+        table_note=_table_note(results),
+        settings=settings,
+    )
+
+
+def markdown(results: Results, table: pd.DataFrame, sections: list[Section]) -> str:
+    """The summary, which shows the figures that lie beside it as PNG."""
+    lines = [f"# Study {results.study.name}", "", _overview(results), ""]
+    if results.diverged:
+        lines += [_diverged(results), ""]
+    if results.missing:
+        lines += ["Missing cells: " + "; ".join(_missing(results)) + ".", ""]
+    lines += ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
+    lines += ["", _table_note(results), ""]
+    for section in sections:
+        lines += [f"## {section.title}", "", section.answer, ""]
+        lines += [f"![{one.caption}]({one.name}.png)" for one in section.figures if one.source] + [""]
+        lines += [f"Not drawn ({one.name}): {one.reason}." for one in section.figures if one.reason]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _overview(results: Results) -> str:
+    total, done = len(results.study.cells()), len(results.cells)
+    return (
+        f"{len(results.methods)} methods ({', '.join(results.methods)}), {len(results.nets)} sizes, "
+        f"{len(results.study.seeds)} seeds: {done} of {total} cells are finished. Methods are compared with "
+        f"{results.study.reference}, at the same seed: the same initialisation and the same batches."
+    )
+
+
+def _table_note(results: Results) -> str:
+    return _TABLE_NOTE if results.published is None else _TABLE_NOTE + _PUBLISHED_NOTE
+
+
+def _diverged(results: Results) -> str:
+    """Which runs ended without a finite loss; means over their seeds are not drawn or NaN."""
+    return f"Diverged, so that means over seeds have no value: {'; '.join(map(str, results.diverged))}."
+
+
+def _missing(results: Results) -> list[str]:
+    return [f"{cell} ({reason})" for cell, reason in results.missing.items()]
