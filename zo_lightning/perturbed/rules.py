@@ -125,10 +125,18 @@ class Operation:
             part = output[i * rows : (i + 1) * rows]
             if one.shape != part.shape or not torch.allclose(one, part, rtol=0, atol=tolerance):
                 return False
-        return bool(sliced)
+        return bool(sliced) and self.can(self.weight_vjp, torch.zeros_like(output))
+
+    def can(self, derivative: Callable[[Any], Any], argument: Any) -> bool:
+        """Whether one of the derivatives, applied to an argument, exists for this call."""
+        try:
+            derivative(argument)
+        except (RuntimeError, NotImplementedError, ValueError):
+            return False
+        return True
 
     def _is_by_example(self, leaf: Any, examples: int) -> bool:
-        if not isinstance(leaf, Tensor) or is_weight(leaf) or leaf.ndim == 0 or len(leaf) != examples:
+        if not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter) or leaf.ndim == 0 or len(leaf) != examples:
             return False
         return id(leaf) not in self.made or leaf.stride(0) == 0  # one weight, expanded for all examples
 

@@ -196,11 +196,14 @@ class PerExample(GradientEstimator):
         elif chosen == "auto":
             fewer = not one.costly_noise and count(one.weights) < use.output[0].numel()
             chosen = "weights" if fewer else "activations"
+        joined = len(use.output) != examples
+        if chosen == "weights" and not one.is_ruled and not joined:  # not every function has a forward derivative
+            still = [(use.output.new_zeros(examples, w.numel()),) for w in one.weights]
+            chosen = chosen if one.can(one.weight_jvp, still) else "activations"
         assert use.tracked is not None
         norm = use.tracked.only_reader
         is_norm = isinstance(norm, Use) and isinstance(norm.operation, BatchNormalization)
         gated = norm if is_norm else use
-        joined = len(use.output) != examples
         return Layer(chosen == "weights" and not joined, joined, *gated.tracked.gate(), gated.key)
 
     def _sample(

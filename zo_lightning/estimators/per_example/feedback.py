@@ -1,5 +1,6 @@
 """Predicting the gradient of a layer's output from the gradient of the net's, by feedback weights that are learned."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,8 +72,8 @@ class Shrinkage:
     ``h + λ c`` has mean squared error ``(1 − λ)² b² + λ² V`` if ``c`` has mean ``b`` and variance ``V``, and it is
     smallest there for ``τ = 1``. An optimizer with momentum averages noise over some ``τ`` steps but keeps what bias
     lasts, so its ``λ`` is larger. ``b² = E<c, c̄>``, where ``c̄`` is the running mean of earlier steps, whose noise is
-    independent, and ``V = E‖c‖² − b²``. It costs the layer's way back once more, so only one step in ``EVERY`` is
-    measured; ``λ`` stays in between.
+    independent, less two standard errors, so that noise is not taken for bias; and ``V = E‖c‖² − b²``. It costs the
+    layer's way back once more, so only one step in ``EVERY`` is measured; ``λ`` stays in between.
     """
 
     TAU = 10.0
@@ -82,30 +83,38 @@ class Shrinkage:
 
     def __init__(self) -> None:
         self.means: dict[str, list[Tensor]] = {}  # c̄, one tensor for each weight of a layer
-        self.moments: dict[str, tuple[int, float, float]] = {}  # by layer: measured steps, b², and E‖c‖²
+        self.moments: dict[str, tuple[int, float, float, float]] = {}  # measured steps, E<c, c̄>, E<c, c̄>², E‖c‖²
 
     def trust(self, key: str) -> float:
         """``λ`` of a layer as measured last; 0 before."""
-        _, bias, power = self.moments.get(key, (0, 0.0, 0.0))
-        return bias / (bias + max(power - bias, 0.0) / self.TAU) if bias > 0 else 0.0
+        steps, along, squared, power = self.moments.get(key, (0, 0.0, 0.0, 0.0))
+        rate = self._rate(steps - 1)
+        error = math.sqrt(max(squared - along**2, 0.0) * rate / (2 - rate))  # of an exponential mean
+        bias = along - 2 * error
+        return bias / (bias + max(power - bias, 0.0) / self.TAU) if steps > 1 and bias > 0 else 0.0
 
     def measure(self, key: str, correction: list[Tensor]) -> float:
         """Take in one step's correction, one tensor for each weight of a layer; returns ``λ``."""
-        steps, bias, power = self.moments.get(key, (0, 0.0, 0.0))
+        steps, along, squared, power = self.moments.get(key, (0, 0.0, 0.0, 0.0))
         known = self.means.get(key, [])
         if [mean.shape for mean in known] != [c.shape for c in correction]:  # at first, or of a layer that was replaced
-            steps, bias, power = 0, 0.0, 0.0
+            steps, along, squared, power = 0, 0.0, 0.0, 0.0
             known = [torch.zeros_like(c) for c in correction]
         # A checkpoint's means were loaded to the CPU.
         means = self.means[key] = [mean.to(c.device) for mean, c in zip(known, correction, strict=True)]
         if steps:
-            rate = max(self.RATE, 1 / steps)  # of the plain mean, while there are few
-            bias += rate * (sum(float((c * mean).sum()) for c, mean in zip(correction, means, strict=True)) - bias)
+            rate = self._rate(steps)
+            product = sum(float((c * mean).sum()) for c, mean in zip(correction, means, strict=True))
+            along += rate * (product - along)
+            squared += rate * (product**2 - squared)
             power += rate * (sum(float(torch.linalg.vector_norm(c)) ** 2 for c in correction) - power)
         for c, mean in zip(correction, means, strict=True):
             mean.lerp_(c, max(self.MEMORY, 1 / (steps + 1)))
-        self.moments[key] = steps + 1, bias, power
+        self.moments[key] = steps + 1, along, squared, power
         return self.trust(key)
+
+    def _rate(self, steps: int) -> float:
+        return max(self.RATE, 1 / max(steps, 1))  # that of the plain mean, while there are few
 
     def state_dict(self) -> dict[str, Any]:
         """The running means."""
