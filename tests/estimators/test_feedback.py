@@ -62,17 +62,18 @@ def trust(bias: float, noise: float, steps: int, n: int = 1000) -> float:
 
 
 def test_shrinkage_weighs_bias_against_noise() -> None:
-    """With b = 1 and V = 4, λ = 1 / (1 + 4/10) = 0.71.
+    """With b = 1 and V = 4, λ = 1 / (1 + 4) = 0.2, less two standard errors.
 
-    <c, c̄> has standard deviation at most √(4/1000 + 4/10 · 4/1000 + 16/19/1000) < 0.09, and 0.007 in the mean of some
-    200 steps: λ is off by less than 0.01 · 0.3 · 3.
+    With c̄ the mean of some (2 − 0.3) / 0.3 = 6 steps, <c, c̄> has standard deviation 0.09, √((4 + 20/6) / 1000);
+    in the mean of some (2 − 0.05) / 0.05 = 39 steps, which overlap, 0.014 to 0.03: λ is off by up to 4 of them, over 5.
     """
-    assert trust(1.0, 2.0, 600) == pytest.approx(1 / 1.4, abs=0.02)
+    assert trust(1.0, 2.0, 600) == pytest.approx(0.2, abs=0.025)
 
 
 def test_shrinkage_does_not_take_noise_for_bias() -> None:
-    # <c, c̄> has standard deviation 4/√(19 · 1000) = 0.03, and 0.002 in the mean: λ < 3 · 0.002 / 0.4.
-    assert trust(0.0, 2.0, 600) < 0.015
+    # <c, c̄> has standard deviation 4/√(6 · 1000) = 0.05, and 0.01 in the mean, of which two are taken away: with 4 such
+    # standard deviations left λ would be 0.02 / 4.
+    assert trust(0.0, 2.0, 600) <= 0.005
     assert trust(1.0, 2.0, 1) == 0.0, "one step says nothing"
 
 

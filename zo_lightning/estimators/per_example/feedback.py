@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SHARE = 2
+"""One example in so many teaches the maps, which costs as much less."""
+
 
 class Feedback:
     """Linear maps ``hᵢ = mᵢ ∘ (B eᵢ)`` from the gradient ``e`` [B, C] by the net's output to those by layers' outputs.
@@ -42,7 +45,8 @@ class Feedback:
 
     def learn(self, displacements: Mapping[str, Tensor], response: Tensor, rate: float) -> None:
         """Take one step from a batch: each layer's ``m ∘ δ`` [B, n], and ``y`` [B, C]."""
-        inputs = {key: displacement.to(response.dtype) for key, displacement in displacements.items()}
+        response = response[: -(-len(response) // SHARE)]
+        inputs = {key: moved[: len(response)].to(response.dtype) for key, moved in displacements.items()}
         for key, x in inputs.items():
             if key not in self.maps or self.maps[key].shape != (response.shape[1], x.shape[1]):
                 self.maps[key] = response.new_zeros(response.shape[1], x.shape[1])
@@ -67,17 +71,15 @@ class Feedback:
 
 
 class Shrinkage:
-    """How much of a noisy but unbiased correction ``c`` to a biased estimate pays: ``λ = b² / (b² + V/τ)``, by layer.
+    """How much of a noisy but unbiased correction ``c`` to a biased estimate pays: ``λ = b² / (b² + V)``, by layer.
 
     ``h + λ c`` has mean squared error ``(1 − λ)² b² + λ² V`` if ``c`` has mean ``b`` and variance ``V``, and it is
-    smallest there for ``τ = 1``. An optimizer with momentum averages noise over some ``τ`` steps but keeps what bias
-    lasts, so its ``λ`` is larger. ``b² = E<c, c̄>``, where ``c̄`` is the running mean of earlier steps, whose noise is
-    independent, less two standard errors, so that noise is not taken for bias; and ``V = E‖c‖² − b²``. It costs the
-    layer's way back once more, so only one step in ``EVERY`` is measured; ``λ`` stays in between.
+    smallest there. ``b² = E<c, c̄>``, where ``c̄`` is the running mean of earlier steps, whose noise is independent, less
+    two standard errors, so that noise is not taken for bias; and ``b² + V = E‖c‖²``. Measuring costs the layer's way
+    back once more, so only one step in ``EVERY`` is measured; ``λ`` stays in between.
     """
 
-    TAU = 10.0
-    EVERY = 10
+    EVERY = 50
     RATE = 0.05  # of the running means, a measured step
     MEMORY = 0.3  # of c̄
 
@@ -90,8 +92,7 @@ class Shrinkage:
         steps, along, squared, power = self.moments.get(key, (0, 0.0, 0.0, 0.0))
         rate = self._rate(steps - 1)
         error = math.sqrt(max(squared - along**2, 0.0) * rate / (2 - rate))  # of an exponential mean
-        bias = along - 2 * error
-        return bias / (bias + max(power - bias, 0.0) / self.TAU) if steps > 1 and bias > 0 else 0.0
+        return min(max(along - 2 * error, 0.0) / power, 1.0) if steps > 1 and power else 0.0
 
     def measure(self, key: str, correction: list[Tensor]) -> float:
         """Take in one step's correction, one tensor for each weight of a layer; returns ``λ``."""
