@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zo_lightning import (
-    ActivationPerturbation,
     Backprop,
-    ExampleDirections,
     GradientEstimator,
     PerExample,
     ScalableCNN,
@@ -27,20 +25,24 @@ from zo_lightning import (
 )
 from zo_lightning.data import MNIST
 from zo_lightning.measures import cosine
+from zo_lightning.perturbed.state import State
 
 BATCH = 128
 ESTIMATORS: dict[str, GradientEstimator] = {
     "one direction": ZerothOrder(seed=0),
-    "directions per example": ExampleDirections(feedback=0, correction=1.0, seed=0),
-    "activations": ActivationPerturbation(feedback=0, correction=1.0, seed=0),
+    "directions per example": PerExample(feedback=0, correction=1.0, seed=0, space="weights"),
+    "activations": PerExample(feedback=0, correction=1.0, seed=0, space="activations"),
     "per layer the better of both": PerExample(feedback=0, correction=1.0, seed=0),
     "the same with feedback": PerExample(seed=0),
 }
 
 
-def gradients(estimator: GradientEstimator, loss: Callable[[], Tensor], net: nn.Module, step: int) -> dict[str, Tensor]:
+def gradients(
+    estimator: GradientEstimator, loss: Callable[[], Tensor], net: nn.Module, step: int, state: State
+) -> dict[str, Tensor]:
     """The estimate of every weight's gradient."""
-    estimator.backward(loss, net, step)
+    net.zero_grad()
+    estimator.backward(loss, net, step, state)
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
@@ -55,14 +57,15 @@ def batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def squared_cosines(net: nn.Module, stream: Iterator[tuple[Tensor, Tensor]], draws: int) -> dict[str, float]:
     """The mean of cos² between each estimator's estimate and the gradient of the same batch."""
     found: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
+    states = {name: estimator.init(net) for name, estimator in ESTIMATORS.items()}
     for step, (x, y) in zip(range(draws), stream, strict=False):
 
         def loss(x: Tensor = x, y: Tensor = y) -> Tensor:
             return F.cross_entropy(net(x), y, reduction="none")
 
-        exact = gradients(Backprop(), loss, net, step)
+        exact = gradients(Backprop(), loss, net, step, State())
         for name, estimator in ESTIMATORS.items():
-            found[name].append(cosine(gradients(estimator, loss, net, step), exact)["all"] ** 2)
+            found[name].append(cosine(gradients(estimator, loss, net, step, states[name]), exact)["all"] ** 2)
     # Feedback needs some steps to have something to say: of all, the second half counts.
     return {name: mean(values[draws // 2 :]) for name, values in found.items()}
 
@@ -89,13 +92,13 @@ def batch_norm_bias(x: Tensor, y: Tensor, draws: int) -> dict[str, float]:
     def loss() -> Tensor:
         return F.cross_entropy(net(x.double()), y, reduction="none")
 
-    exact = gradients(Backprop(), loss, net, 0)
-    estimator = ActivationPerturbation(feedback=0, correction=1.0, seed=0)
-    halves = []
+    exact = gradients(Backprop(), loss, net, 0, State())
+    estimator = PerExample(feedback=0, correction=1.0, seed=0, space="activations")
+    state, halves = estimator.init(net), []
     for half in range(2):
         total = {name: torch.zeros_like(g) for name, g in exact.items()}
         for step in range(draws):
-            for name, g in gradients(estimator, loss, net, half * draws + step).items():
+            for name, g in gradients(estimator, loss, net, half * draws + step, state).items():
                 total[name] += g / draws
         halves.append(total)
     names = [name for name, p in net.named_parameters() if p.ndim == 4]

@@ -63,6 +63,7 @@ class BatchNormalization(Affine):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> None:
+        """Take the arguments of the call."""
         self.couples, self.input, self.eps = training, input, eps
         self.running = running_mean, running_var
         self.spread(input, weight, bias, _by_channel(input))
@@ -108,6 +109,7 @@ class LayerNormalization(Affine):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> None:
+        """Take the arguments of the call."""
         shape = list(normalized_shape)
         self.spread(F.layer_norm(input, shape, None, None, eps), weight, bias, shape)
 
@@ -119,6 +121,7 @@ class RMSNormalization(Affine):
     def bind(
         self, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
     ) -> None:
+        """Take the arguments of the call."""
         shape = list(normalized_shape)
         self.spread(F.rms_norm(input, shape, None, eps), weight, None, shape)
 
@@ -135,6 +138,7 @@ class GroupNormalization(Affine):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> None:
+        """Take the arguments of the call."""
         self.spread(F.group_norm(input, num_groups, None, None, eps), weight, bias, _by_channel(input))
 
 
@@ -143,6 +147,7 @@ class Shift(Affine):
     """A trainable summand, such as position embeddings."""
 
     def bind(self, input: Tensor, other: Any, *, alpha: float = 1) -> None:
+        """Take the arguments of the call."""
         x, bias = _with_one_weight(input, other)
         if alpha != 1:
             raise NotImplementedError
@@ -154,6 +159,7 @@ class Gain(Affine):
     """A trainable factor, number by number."""
 
     def bind(self, input: Tensor, other: Any) -> None:
+        """Take the arguments of the call."""
         x, weight = _with_one_weight(input, other)
         if self.func in (Tensor.mul_, Tensor.__imul__):  # which overwrite the input
             x = x.clone()

@@ -64,6 +64,7 @@ class Linear(LinearOperation):
     """``z = x Wᵀ + b`` over the last dimension."""
 
     def bind(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Take the arguments of the call."""
         self.take(input, weight, bias)
 
     def _weight_jvp(self, *noise: Tensor) -> Tensor:
@@ -101,6 +102,7 @@ class Convolution(LinearOperation):
         dilation: Any = 1,
         groups: int = 1,
     ) -> None:
+        """Take the arguments of the call."""
         n = weight.ndim - 2
         if input.ndim != weight.ndim:  # one example without a batch
             raise NotImplementedError
@@ -173,6 +175,7 @@ class Embedding(LinearOperation):
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
     ) -> None:
+        """Take the arguments of the call."""
         if max_norm is not None or scale_grad_by_freq or sparse:
             raise NotImplementedError
         self.padding_idx = None if padding_idx is None else padding_idx % len(weight)

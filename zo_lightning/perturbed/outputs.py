@@ -22,7 +22,8 @@ class Use:
     Attributes:
         key: the name of its first weight, with ``:1``, ``:2``, ... from the weight's second use on.
         operation: what used the weights.
-        output: what the rest of the net saw, [B, ...].
+        output: what the rest of the net saw, [B, ...]; empty after ``release``.
+        shape: of the output.
         version: PyTorch's count of the changes to the output's memory, to tell a later change in place.
         positive: where the loss can depend on the output, within its windows if it is pooled; None: everywhere.
         indices: of the largest output in each window of the max-pooling that alone saw the output.
@@ -33,6 +34,7 @@ class Use:
     key: str
     operation: Operation
     output: Tensor
+    shape: torch.Size
     version: int = 0
     positive: Tensor | None = None
     indices: Tensor | None = None
@@ -49,9 +51,13 @@ class Use:
         """The adjoint of ``visible``, of numbers that are 0 where the loss does not see the output."""
         if self.indices is None:
             return visible
-        place = visible.new_zeros(self.output.shape)
+        place = visible.new_zeros(self.shape)
         place.flatten(2).scatter_(2, self.indices.flatten(2), visible.flatten(2))
         return place
+
+    def release(self) -> None:
+        """Let go of the output: what is left leads from gradients by it to those by weights."""
+        self.output = self.output.new_empty(0)
 
     def is_by_example(self, examples: int) -> bool:
         """Whether dimension 0 of the output is the example, or was before it was joined with the next dimensions."""
@@ -139,7 +145,7 @@ class DisplacedOutputs(DisplacedWeights):
                 pass
             finally:
                 TorchFunctionMode.__exit__(self, None, None, None)
-        given = list(tensors_in((args, kwargs)))
+        given = tensors_in((args, kwargs))
         use = None
         if not any(id(t) in self.ruled or id(t) in self._made for t in given):
             output = self._gate(func, args, kwargs)
@@ -154,7 +160,7 @@ class DisplacedOutputs(DisplacedWeights):
                 output = super().run(func, args, kwargs)
             if use is None and computed and not writes(func) and not any(self._is_shared(t) for t in given):
                 self._make(func, args, kwargs, output)
-            elif use is None and (func is Tensor.__setitem__ or any(True for _ in tensors_in(output))):
+            elif use is None and (func is Tensor.__setitem__ or tensors_in((output,))):
                 self.opaque |= {self.names[id(w)] for w in weights_in((args, kwargs), self._made)}
         if self.displacement is None:
             self._track(func, args, kwargs, given, use, output)
@@ -174,7 +180,7 @@ class DisplacedOutputs(DisplacedWeights):
             return None, output
         if statistics is not None:
             self.statistics.setdefault(key, statistics)
-        use = self.uses[key] = Use(key, one, output)
+        use = self.uses[key] = Use(key, one, output, output.shape)
         delta = self.displacement(use) if self.displacement is not None and self.offset else None
         if delta is not None and one.in_place:
             output.add_(delta, alpha=self.offset)

@@ -1,7 +1,7 @@
 """What a use of weights is: how noise on the weights reaches its output, and the way back; a registry of fast ways."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -107,7 +107,7 @@ class Operation:
         ]  # fmt: skip
         back = {id(b): self.made[id(a)] for a, b in zip(leaves, wide, strict=True) if id(a) in self.made}
         at = tuple(w.detach() for w in self.weights)
-        _, vjp = torch.func.vjp(lambda *w: self._call(w, wide, spec, {}, back), *at)
+        vjp = torch.func.vjp(lambda *w: self._call(w, wide, spec, {}, back), *at)[1]
         return list(vjp(delta))
 
     def is_by_example(self, output: Tensor, examples: int) -> bool:
@@ -246,25 +246,26 @@ def is_weight(value: Any) -> bool:
     return isinstance(value, nn.Parameter) and value.requires_grad
 
 
-def weights_in(value: Any, made: Mapping[int, Made]) -> Iterator[nn.Parameter]:
+def weights_in(values: Iterable[Any], made: Mapping[int, Made]) -> Iterator[nn.Parameter]:
     """The trainable weights among arguments, and those that arguments were made of."""
-    for leaf in tensors_in(value):
+    for leaf in tensors_in(values):
         if id(leaf) in made:
             yield from made[id(leaf)].weights()
         elif is_weight(leaf):
             yield leaf  # type: ignore[misc]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among values, and in tuples, lists and dictionaries among them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += tensors_in(value)
+        elif isinstance(value, dict):
+            found += tensors_in(value.values())
+    return found
 
 
 def noise_sizes(weight: Tensor, per_example: int) -> list[int]:

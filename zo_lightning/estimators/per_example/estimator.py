@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal, cast
@@ -26,6 +26,7 @@ from zo_lightning.estimators.per_example.output import (
 from zo_lightning.estimators.per_example.state import Layer, PerExampleState
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.affine import BatchNormalization
+from zo_lightning.perturbed.gates import Gate
 from zo_lightning.perturbed.outputs import DisplacedOutputs, Use
 from zo_lightning.perturbed.rules import count
 from zo_lightning.perturbed.state import State
@@ -200,11 +201,10 @@ class PerExample(GradientEstimator):
         if chosen == "weights" and not one.is_ruled and not joined:  # not every function has a forward derivative
             still = [(use.output.new_zeros(examples, w.numel()),) for w in one.weights]
             chosen = chosen if one.can(one.weight_jvp, still) else "activations"
-        assert use.tracked is not None
-        norm = use.tracked.only_reader
-        is_norm = isinstance(norm, Use) and isinstance(norm.operation, BatchNormalization)
-        gated = norm if is_norm else use
-        return Layer(chosen == "weights" and not joined, joined, *gated.tracked.gate(), gated.key)
+        reader = None if use.tracked is None else use.tracked.only_reader
+        gated = reader if isinstance(reader, Use) and isinstance(reader.operation, BatchNormalization) else use
+        gate = Gate() if gated.tracked is None else gated.tracked.gate()
+        return Layer(chosen == "weights" and not joined, joined, gate.rectified, gate.pooled, gated.key)
 
     def _sample(
         self,
@@ -220,7 +220,8 @@ class PerExample(GradientEstimator):
         shared = SharedNoise(weights, state.shared, seed)
         gates = {layer.normalized_by: layer.gate for layer in state.layers.values()}
         statistics: dict[str, tuple[Tensor, Tensor]] = {}
-        uses: list[dict[str, Use]] = []
+        uses: dict[str, Use] = {}
+        seen: Set[str] = set()
         losses, outputs = [], []
         for offset in self.stencil.offsets:
             distance = offset * self.stencil.mu
@@ -239,29 +240,34 @@ class PerExample(GradientEstimator):
             with watched_output(module, state.net) as output, objective.probe(), watched:
                 losses.append(objective.losses())
             self._check_uses(watched, state, len(losses[0]))
-            uses.append(watched.uses)
+            seen = seen & watched.uses.keys() if uses else watched.uses.keys()
+            uses = uses or watched.uses
+            for use in watched.uses.values():
+                use.release()
             outputs += output
-        slope = self._difference(losses)
         error = self._error(objective, outputs, state, seed) if self.feedback and state.net is not None else None
-        seen = [
-            Seen(key, layer, uses[0], noise, len(slope))
-            for key, layer in state.layers.items()
-            if all(key in one for one in uses)
-        ]
-        for layer in seen:
+        layers = [Seen(key, one, uses, noise, len(losses[0])) for key, one in state.layers.items() if key in seen]
+        for layer in layers:
             if error is not None and layer.key == state.last:
                 layer.h = error.to(layer.use.output.dtype)
             else:
-                slope -= layer.predict(state.feedback, error)
+                layer.predict(state.feedback, error)
+        slope = self._difference(losses) / len(losses[0])
+        mean_slope = float(slope.sum())
+        trusts = [self._trust(layer, state) for layer in layers]
+        measured = self.correction == "auto" and state.steps % Shrinkage.EVERY == 0
+        if measured or any(trusts):
+            slope -= sum(layer.predicted_slope() for layer in layers)
         own = {id(p) for p in shared.params}
-        for layer in seen:
-            found = self._gradients(layer, slope / len(slope), state)
-            _add(
-                grads, [pair for pair in zip(layer.use.operation.weights, found, strict=True) if id(pair[0]) not in own]
-            )
-        _add(grads, shared.gradients(float(slope.mean())))
+        for layer, trust in zip(layers, trusts, strict=True):
+            correction = layer.correction(slope) if layer.delta is not None and (trust or measured) else None
+            if measured and layer.h is not None and correction is not None:
+                trust = state.shrinkage.measure(layer.key, layer.by_weights(correction))
+            found = layer.gradients(correction if trust else None, trust)
+            _add(grads, [one for one in zip(layer.use.operation.weights, found, strict=True) if id(one[0]) not in own])
+        _add(grads, shared.gradients(mean_slope))
         if error is not None:
-            displaced = {one.key: one.delta for one in seen if one.delta is not None}
+            displaced = {one.key: one.delta for one in layers if one.delta is not None}
             state.feedback.learn(displaced, self._difference(outputs), self.feedback)
         return torch.stack(losses).mean()
 
@@ -283,33 +289,27 @@ class PerExample(GradientEstimator):
     def _difference(self, values: list[Tensor]) -> Tensor:
         """The stencil's difference quotient of tensors, in float32 at least."""
         dtype = torch.promote_types(values[0].dtype, torch.float32)
-        pairs = zip(self.stencil.coefficients, values, strict=True)
-        return torch.stack([value.to(dtype) * (a / self.stencil.mu) for a, value in pairs]).sum(0)
+        total = torch.zeros_like(values[0], dtype=dtype)
+        for a, value in zip(self.stencil.coefficients, values, strict=True):
+            total.add_(value, alpha=a / self.stencil.mu)
+        return total
 
     def _error(self, objective: Objective, outputs: list[Tensor], state: PerExampleState, seed: int) -> Tensor:
-        """The gradient [B, C] of each example's loss by the net's output."""
+        """The gradient [B, C] of the mean loss by the net's output."""
         assert state.net is not None
         output = torch.stack(outputs).to(torch.promote_types(outputs[0].dtype, torch.float32)).mean(0)
         if self.loss_gradient == "auto":
             if state.is_smooth is None:
                 state.is_smooth = is_smooth(objective, state.net, output, seed)
             if state.is_smooth and (error := gradient_by_autograd(objective, state.net, output)) is not None:
-                return error
-        return gradient_by_values(objective, state.net, output, seed)
+                return error.div_(len(error))
+        return gradient_by_values(objective, state.net, output, seed).div_(len(output))
 
-    def _gradients(self, layer: Seen, slope: Tensor, state: PerExampleState) -> list[Tensor]:
-        """The gradient of each weight of a layer, from slopes [B] that were divided by the number of examples."""
-        if layer.delta is None:
-            return layer.gradients(None)
+    def _trust(self, layer: Seen, state: PerExampleState) -> float:
+        """The weight ``λ`` of what the noise says about a layer: all that there is, where nothing was predicted."""
         if layer.h is None:
-            return layer.gradients(layer.correction(slope))
-        if self.correction != "auto":
-            return layer.gradients(layer.correction(slope) if self.correction else None, float(self.correction))
-        if state.steps % Shrinkage.EVERY == 0:
-            correction = layer.correction(slope)
-            state.shrinkage.measure(layer.key, layer.by_weights(correction))
-        trust = state.shrinkage.trust(layer.key)
-        return layer.gradients(layer.correction(slope) if trust else None, trust)
+            return 1.0
+        return state.shrinkage.trust(layer.key) if self.correction == "auto" else float(self.correction)
 
 
 def _add(grads: dict[nn.Parameter, Tensor], found: list[tuple[nn.Parameter, Tensor]]) -> None:

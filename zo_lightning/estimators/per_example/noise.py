@@ -95,7 +95,7 @@ class Seen:
 
     Attributes:
         delta: the displacement of what the loss saw of its output, [B, n], or None: it had none.
-        h: the predicted gradient of each example's loss by that, or None.
+        h: the predicted gradient of the mean loss by that, or None.
     """
 
     def __init__(self, key: str, layer: Layer, uses: Mapping[str, Use], noise: OutputNoise, examples: int) -> None:
@@ -103,19 +103,23 @@ class Seen:
         self.use = uses[key]
         self.gate = uses.get(layer.normalized_by, self.use)
         self.signs = noise.of_weights.get(key)
-        delta = noise.delta.get(key)
+        delta = noise.delta.pop(key, None)
         self.delta = None if delta is None else self.gate.visible(delta).reshape(examples, -1)
         self.h: Tensor | None = None
 
-    def predict(self, feedback: Feedback, error: Tensor | None) -> Tensor | float:
-        """Predict ``h``, and return the slopes [B] that it implies along the displacement."""
-        if error is None or self.delta is None:
+    def predict(self, feedback: Feedback, error: Tensor | None) -> None:
+        """Predict ``h`` from the gradient of the mean loss by the net's output."""
+        if error is not None and self.delta is not None:
+            self.h = feedback.predict(self.key, error, self.delta, self.gate.positive)
+
+    def predicted_slope(self) -> Tensor | float:
+        """The slopes [B] that ``h`` implies along the displacement."""
+        if self.h is None or self.delta is None:
             return 0.0
-        self.h = feedback.predict(self.key, error, self.delta, self.gate.positive)
-        return 0.0 if self.h is None else (self.delta * self.h).sum(1)
+        return torch.bmm(self.delta.unsqueeze(1), self.h.unsqueeze(2)).flatten()
 
     def correction(self, slope: Tensor) -> Correction:
-        """What slopes [B] along the noise say."""
+        """What slopes [B] of the mean loss along the noise say."""
         if self.signs is not None:
             pairs = zip(self.signs, self.use.operation.weights, strict=True)
             scaled = slope / max(self.layer.scale, 1e-30)
@@ -133,8 +137,8 @@ class Seen:
             assert correction is not None
             return self.by_weights(correction)
         if isinstance(correction, Tensor):  # both at once
-            return self._collect(correction.mul_(trust).add_(self.h, alpha=1 / self.examples))
-        grads = self._collect(self.h / self.examples)
+            return self._collect(correction.mul_(trust).add_(self.h))
+        grads = self._collect(self.h)
         if correction is not None:
             for grad, part in zip(grads, correction, strict=True):
                 grad.add_(part, alpha=trust)
@@ -142,7 +146,7 @@ class Seen:
 
     def _collect(self, visible: Tensor) -> list[Tensor]:
         gate, operation = self.gate, self.use.operation
-        shape = self.use.output.shape if gate.indices is None else gate.indices.shape
+        shape = self.use.shape if gate.indices is None else gate.indices.shape
         delta = gate.dense(visible.view(shape))
         if gate is not self.use and isinstance(gate.operation, BatchNormalization) and gate.operation.couples:
             delta = gate.operation.project(delta)
