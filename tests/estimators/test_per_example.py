@@ -134,7 +134,7 @@ def test_is_unbiased_whatever_the_feedback(kind: type[nn.Module], space: str, fe
     net, loss = problem(kind)
     exact = gradient(Backprop(), loss, net)
     estimator = PerExample(CentralDifference(1e-5), space=space, feedback=feedback, correction=1.0, seed=1)  # type: ignore[arg-type]
-    mean, error = moments(estimator, loss, net, 800 if kind is Residual and not feedback else 400)
+    mean, error = moments(estimator, loss, net, 1000 if kind is Residual and not feedback else 400)
     # Five standard errors hold for some 250 numbers with a probability of 0.9998. The step of 1e-2 by which the loss is
     # asked for the gradient of the net's output leaves 1e-4 / 6 of its third derivative, at most 0.2, times inputs.
     assert bool(((mean - exact).abs() <= 5 * error + 1e-5).all())

@@ -40,17 +40,22 @@ class Tracked:
 
     def gate(self) -> Gate:
         """What hides it."""
+        return self._end()[0]
+
+    def visible(self) -> int:
+        """How many of its numbers, in all examples together, what hides it lets through."""
+        gate, end = self._end()
+        return int((end.tensor > 0).sum()) if gate.rectified else end.tensor.numel()
+
+    def _end(self) -> "tuple[Gate, Tracked]":
         rectified = pooled = False
-        at: Tracked | None = self
-        while at is not None and not (rectified and pooled):
-            if at.only_reader in RELU:
-                rectified = True
-            elif at.only_reader in MAX_POOL and at.reads[0][1] is not None and not pooled:
-                pooled = True
-            else:
+        at = self
+        while not (rectified and pooled) and len(at.reads) == 1:
+            reader, then = at.reads[0]
+            if then is None or (pooled and reader in MAX_POOL):
                 break
-            at = at.reads[0][1]
-        return Gate(rectified, pooled)
+            rectified, pooled, at = rectified or reader in RELU, pooled or reader in MAX_POOL, then
+        return Gate(rectified, pooled), at
 
 
 def are_separate(

@@ -204,7 +204,10 @@ class PerExample(GradientEstimator):
         reader = None if use.tracked is None else use.tracked.only_reader
         gated = reader if isinstance(reader, Use) and isinstance(reader.operation, BatchNormalization) else use
         gate = Gate() if gated.tracked is None else gated.tracked.gate()
-        return Layer(chosen == "weights" and not joined, joined, gate.rectified, gate.pooled, gated.key)
+        in_weights = chosen == "weights" and not joined
+        visible = 1.0 if gated.tracked is None else max(gated.tracked.visible() / examples, 1.0)
+        dims = float(count(one.weights)) if in_weights else visible
+        return Layer(in_weights, dims, joined, gate.rectified, gate.pooled, gated.key)
 
     def _sample(
         self,

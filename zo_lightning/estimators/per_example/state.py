@@ -15,6 +15,7 @@ class Layer:
 
     Attributes:
         in_weights: whether its noise is on the weights.
+        dims: how many numbers its noise has that the loss can depend on, for one example.
         joined: whether dimension 0 of its output holds more than the example.
         rectified: whether a ReLU hides its output.
         pooled: whether a max-pooling does.
@@ -23,6 +24,7 @@ class Layer:
     """
 
     in_weights: bool
+    dims: float
     joined: bool
     rectified: bool
     pooled: bool
