@@ -12,7 +12,6 @@ on.
 """
 
 import argparse
-import copy
 import csv
 import itertools
 import logging
@@ -131,14 +130,15 @@ def outcome(net: str, method: Method, budget: int, seed: int, root: Path) -> Out
 
 def flops(net: str, method: Method, budget: int) -> float:
     """What ``outcome`` would count, without training: from one step of each kind, as often as it occurs."""
-    module, meter, estimator = NETS[net](), FlopMeter(), copy.deepcopy(method.estimator)
+    module, meter, estimator = NETS[net](), FlopMeter(), method.estimator
+    state = estimator.init(module)
     examples = 1433 if net == "digits" else 60000
 
     def step(size: int, index: int) -> float:
         images, labels, before = torch.rand(size, 1, 28, 28), torch.arange(size) % 10, meter.total
         meter.run(
             lambda: estimator.backward(
-                lambda: F.cross_entropy(module(images), labels, reduction="none"), module, index
+                lambda: F.cross_entropy(module(images), labels, reduction="none"), module, index, state
             ),
             module,
             images,

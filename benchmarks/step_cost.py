@@ -125,10 +125,10 @@ def in_a_plain_loop(method: Method, scale: float, steps: int, warmup: int = 20) 
 def plain_step(method: Method, scale: float) -> Callable[[int], object]:
     """A training step as one would write it without Lightning."""
     net, images, labels = task(scale)
-    optimizer = method.optimizer(net.parameters())
+    optimizer, state = method.optimizer(net.parameters()), method.estimator.init(net)
 
     def step(index: int) -> None:
-        method.estimator.backward(lambda: F.cross_entropy(net(images), labels, reduction="none"), net, index)
+        method.estimator.backward(lambda: F.cross_entropy(net(images), labels, reduction="none"), net, index, state)
         optimizer.step()
         optimizer.zero_grad()
 

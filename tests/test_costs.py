@@ -77,7 +77,8 @@ def test_measuring_changes_no_bit(name: str, estimator: GradientEstimator, autoc
     start, x, y = made(name)
 
     def trained(meter: FlopMeter | None) -> list[Tensor]:
-        net, own = copy.deepcopy(start), copy.deepcopy(estimator)
+        net = copy.deepcopy(start)
+        state = estimator.init(net)
         optimizer = torch.optim.SGD(net.parameters(), 0.01)
         torch.manual_seed(1)
 
@@ -87,10 +88,11 @@ def test_measuring_changes_no_bit(name: str, estimator: GradientEstimator, autoc
 
         for step in range(4):
             if meter is None:
-                own.backward(loss, net, step)
+                estimator.backward(loss, net, step, state)
             else:
-                meter.run(lambda step=step: own.backward(loss, net, step), net, (x, y))
+                meter.run(lambda step=step: estimator.backward(loss, net, step, state), net, (x, y))
             optimizer.step()
+            optimizer.zero_grad()
         return [*net.state_dict().values(), torch.rand(1)]
 
     assert all(map(torch.equal, trained(None), trained(FlopMeter())))
@@ -172,12 +174,13 @@ def test_another_kind_of_step_is_measured_anew(other: Any) -> None:
 def test_a_continued_run_counts_as_an_uninterrupted_one(tmp_path: Any) -> None:
     def steps(meter: FlopMeter, first: int, last: int) -> float:
         estimator, (net, x, y) = PerExample(seed=0), made("convolutions")
+        state = estimator.init(net)
+
+        def loss() -> Tensor:
+            return F.cross_entropy(net(x), y, reduction="none")
+
         for step in range(first, last):
-            meter.run(
-                lambda step=step: estimator.backward(lambda: F.cross_entropy(net(x), y, reduction="none"), net, step),
-                net,
-                (x, y),
-            )
+            meter.run(lambda step=step: estimator.backward(loss, net, step, state), net, (x, y))
         return meter.total
 
     whole, part, resumed = FlopMeter(), FlopMeter(), FlopMeter()
