@@ -1,6 +1,5 @@
 """A forward pass in which every use of a weight sees another tensor in its place, while the weight stays untouched."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,9 +200,10 @@ def _writes(func: Callable[..., Any]) -> bool:
 
 
 class Recent:
-    """Values of weights that are computed when they are asked for; the latest are kept, no more than the largest one.
+    """Values of weights that are computed when they are asked for; the latest are kept, in little memory.
 
-    A weight that is used at each step of a sequence is then computed once, and memory is that of one tensor.
+    Of large weights only one is, so that memory is that of the largest; of small ones, such as biases, an eighth of
+    that. A weight that is used again before another large one, as in a recurrence, is then computed once.
 
     Args:
         weights: that the values are of.
@@ -213,15 +213,17 @@ class Recent:
     def __init__(self, weights: Sequence[Tensor], compute: Value) -> None:
         self.compute = compute
         self.sizes = [w.numel() * w.element_size() for w in weights]
-        self._kept: OrderedDict[int, Tensor] = OrderedDict()
+        self.small = max(self.sizes) / 8
+        self._kept: dict[int, Tensor] = {}  # from the oldest to the latest
 
     def __call__(self, position: int) -> Tensor:
         """The value of one weight."""
-        if position in self._kept:
-            self._kept.move_to_end(position)
-            return self._kept[position]
-        room = max(self.sizes) - self.sizes[position]
-        while sum(self.sizes[k] for k in self._kept) > room:
-            self._kept.popitem(last=False)
-        value = self._kept[position] = self.compute(position)
+        value = self._kept.pop(position, None)
+        if value is None:
+            large = self.sizes[position] > self.small
+            alike = [k for k in self._kept if (self.sizes[k] > self.small) is large]
+            while alike and (large or sum(self.sizes[k] for k in (*alike, position)) > self.small):
+                del self._kept[alike.pop(0)]
+            value = self.compute(position)
+        self._kept[position] = value
         return value
