@@ -47,7 +47,7 @@ from zo_lightning import (
     SmallCNN,
     ZerothOrder,
 )
-from zo_lightning.costs import FlopMeter
+from zo_lightning.costs import count_flops
 from zo_lightning.data import MNIST, Digits
 
 
@@ -131,19 +131,16 @@ def outcome(net: str, method: Method, budget: int, seed: int, root: Path) -> Out
 
 def flops(net: str, method: Method, budget: int) -> float:
     """What ``outcome`` would count, without training: from one step of each kind, as often as it occurs."""
-    module, meter, estimator = NETS[net](), FlopMeter(), copy.deepcopy(method.estimator)
+    module, estimator = NETS[net](), copy.deepcopy(method.estimator)
     examples = 1433 if net == "digits" else 60000
 
     def step(size: int, index: int) -> float:
-        images, labels, before = torch.rand(size, 1, 28, 28), torch.arange(size) % 10, meter.total
-        meter.run(
-            lambda: estimator.backward(
-                lambda: F.cross_entropy(module(images), labels, reduction="none"), module, index
-            ),
-            module,
-            images,
-        )
-        return meter.total - before
+        images, labels = torch.rand(size, 1, 28, 28), torch.arange(size) % 10
+
+        def loss() -> torch.Tensor:
+            return F.cross_entropy(module(images), labels, reduction="none")
+
+        return count_flops(lambda: estimator.backward(loss, module, index))
 
     first, *_, whole = [step(method.batch_size, index) for index in range(3)]  # the first can hold a look at the net
     in_epoch, rest = divmod(examples, method.batch_size)
