@@ -21,13 +21,14 @@ from zo_lightning.cli_errors import UserError
 from zo_lightning.study import figures
 from zo_lightning.study.figures import NothingToDraw
 from zo_lightning.study.minima import line_between, sharpness
+from zo_lightning.study.report import _sections, final_table
 from zo_lightning.study.results import Results, published, published_at, read_results
 from zo_lightning.study.weights import embed, first_filters, similarity, trajectories
 
 FIGURES = {
     *("accuracy", "train_loss", "val_loss", "final_accuracy", "ratios", "k", "exponent", "epoch_time"),
     *("cosine_ZO-AdaMM", "l2_ZO-AdaMM", "matched_ZO-AdaMM", "tsne_conv1", "tsne_conv2", "filters"),
-    *("val_accuracy_by_forward_passes", "val_accuracy_by_seconds", "val_loss_by_forward_passes", "val_loss_by_seconds"),
+    *("val_accuracy_by_flops", "val_accuracy_by_seconds", "val_loss_by_flops", "val_loss_by_seconds"),
     *("line_loss", "line_accuracy", "sharpness"),
 }
 
@@ -174,7 +175,7 @@ def drawn(results: Results, with_published: bool) -> Iterator[Figure]:
     if with_published:
         results = Results(results.study, results.folder, results.table, {}, published())
     for quantity in ("val_accuracy", "train_loss", "val_loss"):
-        for against in ("epoch", "forward_passes", "seconds"):
+        for against in ("epoch", "forward_passes", "flops", "seconds"):
             yield figures.learning_curves(results, quantity, against)
     for draw in ("loss_ratios", "slowdown", "slowdown_exponent", "final_accuracy", "epoch_time"):
         yield getattr(figures, draw)(results)
@@ -191,6 +192,15 @@ def test_axes_have_names_and_methods_are_told_apart(results: Results, with_publi
         legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
         named = {text.get_text() for legend in legends for text in legend.get_texts()}
         assert any("ZO-AdaMM" in name or name.startswith("d = ") for name in named)
+
+
+def test_runs_that_counted_no_operations_are_compared_by_forward_passes(results: Results) -> None:
+    older = Results(results.study, results.folder, results.table.assign(flops=np.nan), {}, None)
+    for of, cost in ((results, "flops"), (older, "forward_passes")):
+        budget = next(section for section in _sections(of, similarity(of)) if section.anchor == "budget")
+        assert [drawing.name for drawing in budget.figures if drawing.key] == [f"val_accuracy_by_{cost}"]
+    assert set(final_table(older)["TFLOP"]) == {"–"}
+    assert all(float(value) > 0 for value in final_table(results)["TFLOP"])
 
 
 def test_published_curves_are_drawn_at_their_size_only(results: Results) -> None:

@@ -117,6 +117,7 @@ def final_table(results: Results) -> pd.DataFrame:
                 else f"{mean_interval(difference, bounds=(-1, 1)):+.4f}",
                 "validation loss": f"{mean_interval(own['val_loss'], bounds=(0, np.inf)):.3f}",
                 "forward passes": _range(own["forward_passes"]),
+                "TFLOP": f"{own['flops'].mean() / 1e12:.3g}" if own["flops"].notna().all() else "–",
                 "s / epoch": f"{own['epoch_seconds'].median():.2f}",
             }
             if results.published is not None:
@@ -129,6 +130,7 @@ def final_table(results: Results) -> pd.DataFrame:
 def _sections(results: Results, similar: pd.DataFrame) -> list[Section]:
     ref, seed = results.study.reference, results.cells[0].seed
     curve = partial(figures.learning_curves, results)
+    cost = "flops" if results.table["flops"].notna().all() else "forward_passes"
     published = ", published means dotted" if results.published is not None else ""
     over = f"Mean ± standard deviation over seeds{published}."
     sections = [
@@ -203,17 +205,19 @@ def _sections(results: Results, similar: pd.DataFrame) -> list[Section]:
         Section(
             "budget",
             "8. Against what it costs",
-            "A forward and backward pass counts as three forward passes.",
+            "Floating-point operations are counted in the steps themselves, all that they multiply."
+            if cost == "flops"
+            else "A forward and backward pass counts as three forward passes.",
             [
                 Drawing(
                     f"{quantity}_by_{against}",
                     partial(curve, quantity, against),
                     f"{figures.LABELS[quantity].capitalize()} against {figures.LABELS[against]}. "
                     "Mean ± standard deviation over seeds.",
-                    key=(quantity, against) == ("val_accuracy", "forward_passes"),
+                    key=(quantity, against) == ("val_accuracy", cost),
                 )
                 for quantity in ("val_accuracy", "val_loss")
-                for against in ("forward_passes", "seconds")
+                for against in (cost, "seconds")
             ],
         ),
     ]
