@@ -37,7 +37,7 @@ from zo_lightning import (
     ScalableCNN,
     ZerothOrder,
 )
-from zo_lightning.costs import FlopMeter
+from zo_lightning.costs import count_flops
 from zo_lightning.data.batches import TensorBatches
 
 BATCH = 128
@@ -155,13 +155,7 @@ def task(scale: float) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
 
 def operations(work: Callable[[int], object]) -> float:
     """The floating-point operations of one step, once it has settled."""
-    meter, each = FlopMeter(), []
-    for index in range(4):
-        before = meter.total
-        with meter.step(torch.nn.Identity(), None, index):
-            work(index)
-        each.append(meter.total - before)
-    return each[-1]
+    return [count_flops(lambda index=index: work(index)) for index in range(4)][-1]
 
 
 def main() -> None:
