@@ -102,6 +102,29 @@ def test_forward_mode_differentiation_runs_under_it(name: str) -> None:
         assert 2 <= meter.total / 3 / flops(lambda: net(x)) <= 3
 
 
+def test_where_forward_mode_differentiation_fails_under_it_the_step_goes_on() -> None:
+    """PyTorch's formula for batch normalisation mixes dtypes under autocast while anything watches."""
+    start, x, y = made("batch norm")
+
+    def trained(meter: FlopMeter | None) -> list[Tensor]:
+        net, estimator = copy.deepcopy(start), ForwardGradient(seed=0)
+
+        def loss() -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return F.cross_entropy(net(x).float(), y)
+
+        torch.manual_seed(1)
+        if meter is None:
+            estimator.backward(loss, net, 0)
+        else:
+            meter.run(lambda: estimator.backward(loss, net, 0), net, x)
+        return [*net.buffers(), *(p.grad for p in net.parameters() if p.grad is not None)]
+
+    meter = FlopMeter()
+    assert all(map(torch.equal, trained(None), trained(meter)))
+    assert isnan(meter.total)
+
+
 def test_vmap_runs_under_it() -> None:
     a, b = torch.rand(5, 3, 4), torch.rand(4, 2)
     assert count_flops(lambda: torch.func.vmap(torch.mm, (0, None))(a, b)) == 5 * 2 * 3 * 4 * 2
