@@ -147,10 +147,20 @@ class DisplacedWeights(TorchFunctionMode):
         """Run one function with displaced weights among its arguments, lists and dictionaries of them included."""
         if func in _ASKS:
             return func(*args, **kwargs)
-        if self.before_write is not None and _writes(func) and args:
+        if self.before_write is not None and args and _writes(func):
             for tensor in args[0] if isinstance(args[0], list | tuple) else args[:1]:
                 self.before_write(tensor)
-        return func(*map(self._displaced, args), **{name: self._displaced(value) for name, value in kwargs.items()})
+        get, given = self.positions.get, []
+        for argument in args:  # as _displaced does, in the loop that every function of a pass goes through
+            position = get(id(argument))
+            if position is not None:
+                self.seen.add(position)
+                given.append(self.value(position))
+            else:
+                given.append(self._displaced(argument) if type(argument) in _CONTAINERS else argument)
+        if not kwargs:
+            return func(*given)
+        return func(*given, **{name: self._displaced(value) for name, value in kwargs.items()})
 
     def _displaced(self, argument: Any) -> Any:
         position = self.positions.get(id(argument))
@@ -164,6 +174,7 @@ class DisplacedWeights(TorchFunctionMode):
         return argument
 
 
+_CONTAINERS = {list, tuple, dict}
 _ATTRIBUTES = (
     *(
         "shape",
