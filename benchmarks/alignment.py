@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import mean, median
 from typing import NamedTuple
 
@@ -20,9 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zo_lightning import (
-    ActivationPerturbation,
     Backprop,
-    ExampleDirections,
     GradientEstimator,
     PerExample,
     ScalableCNN,
@@ -31,20 +30,24 @@ from zo_lightning import (
 from zo_lightning.costs import count_flops
 from zo_lightning.data import MNIST
 from zo_lightning.measures import cosine
+from zo_lightning.perturbed.state import State
 
 BATCH = 128
 ESTIMATORS: dict[str, GradientEstimator] = {
     "one direction": ZerothOrder(seed=0),
-    "directions per example": ExampleDirections(feedback=0, correction=1.0, seed=0),
-    "activations": ActivationPerturbation(feedback=0, correction=1.0, seed=0),
+    "directions per example": PerExample(feedback=0, correction=1.0, seed=0, space="weights"),
+    "activations": PerExample(feedback=0, correction=1.0, seed=0, space="activations"),
     "per layer the better of both": PerExample(feedback=0, correction=1.0, seed=0),
     "the same with feedback": PerExample(seed=0),
 }
 
 
-def gradients(estimator: GradientEstimator, loss: Callable[[], Tensor], net: nn.Module, step: int) -> dict[str, Tensor]:
+def gradients(
+    estimator: GradientEstimator, loss: Callable[[], Tensor], net: nn.Module, step: int, state: State
+) -> dict[str, Tensor]:
     """The estimate of every weight's gradient."""
-    estimator.backward(loss, net, step)
+    net.zero_grad()
+    estimator.backward(loss, net, step, state)
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
@@ -70,6 +73,7 @@ def squared_cosines(net: nn.Module, stream: Iterator[tuple[Tensor, Tensor]], dra
     found: dict[str, list[float]] = {name: [] for name in every}
     times: dict[str, list[float]] = {name: [] for name in every}
     flops: dict[str, float] = {}
+    states = {name: estimator.init(net) for name, estimator in every.items()}
     x, y = next(stream)
 
     def loss() -> Tensor:
@@ -78,15 +82,16 @@ def squared_cosines(net: nn.Module, stream: Iterator[tuple[Tensor, Tensor]], dra
     for step in range(draws):
         exact = None
         for name, estimator in every.items():
+            net.zero_grad()
             began = time.perf_counter()
-            estimator.backward(loss, net, step)
+            estimator.backward(loss, net, step, states[name])
             times[name].append(time.perf_counter() - began)
             estimate = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
             exact = exact or estimate
             found[name].append(cosine(estimate, exact)["all"] ** 2)
         x, y = next(stream)
     for name, estimator in every.items():
-        flops[name] = count_flops(lambda estimator=estimator: estimator.backward(loss, net, draws))
+        flops[name] = count_flops(partial(estimator.backward, loss, net, draws, states[name]))
     # Feedback needs some steps to have something to say: of all, the second half counts.
     return {
         name: Estimated(mean(values[draws // 2 :]), flops[name], median(times[name]) * 1e3)
@@ -116,13 +121,13 @@ def batch_norm_bias(x: Tensor, y: Tensor, draws: int) -> dict[str, float]:
     def loss() -> Tensor:
         return F.cross_entropy(net(x.double()), y, reduction="none")
 
-    exact = gradients(Backprop(), loss, net, 0)
-    estimator = ActivationPerturbation(feedback=0, correction=1.0, seed=0)
-    halves = []
+    exact = gradients(Backprop(), loss, net, 0, State())
+    estimator = PerExample(feedback=0, correction=1.0, seed=0, space="activations")
+    state, halves = estimator.init(net), []
     for half in range(2):
         total = {name: torch.zeros_like(g) for name, g in exact.items()}
         for step in range(draws):
-            for name, g in gradients(estimator, loss, net, half * draws + step).items():
+            for name, g in gradients(estimator, loss, net, half * draws + step, state).items():
                 total[name] += g / draws
         halves.append(total)
     names = [name for name, p in net.named_parameters() if p.ndim == 4]

@@ -31,11 +31,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from zo_lightning import (
-    ActivationPerturbation,
     AdaMM,
     Backprop,
     Classifier,
-    ExampleDirections,
     ForwardDifference,
     ForwardGradient,
     GradientEstimator,
@@ -82,11 +80,11 @@ METHODS = {
         9,
         32,
     ),
-    "ExampleDirections without feedback": Method(
-        ExampleDirections(feedback=0, correction=1.0), partial(_ADAM, lr=3e-3), 2
+    "PerExample on weights without feedback": Method(
+        PerExample(feedback=0, correction=1.0, space="weights"), partial(_ADAM, lr=3e-3), 2
     ),
-    "ActivationPerturbation without feedback": Method(
-        ActivationPerturbation(feedback=0, correction=1.0), partial(_ADAM, lr=3e-3), 2
+    "PerExample on outputs without feedback": Method(
+        PerExample(feedback=0, correction=1.0, space="activations"), partial(_ADAM, lr=3e-3), 2
     ),
     "PerExample without feedback": Method(PerExample(feedback=0, correction=1.0), partial(_ADAM, lr=3e-3), 2),
     "PerExample": Method(PerExample(), partial(_ADAM, lr=5e-3), 2),

@@ -15,12 +15,10 @@ from torch.nn import functional as F
 
 import zo_lightning as zo
 from zo_lightning import (
-    ActivationPerturbation,
     Backprop,
     CentralDifference,
     Coordinate,
     Directions,
-    ExampleDirections,
     ForwardDifference,
     ForwardGradient,
     Gaussian,
@@ -59,8 +57,9 @@ FORWARD_ONLY: dict[str, Make] = {
         for name, make in WEIGHT_SPACE.items()
         for of, (u, _) in DIRECTIONS.items()
     },
-    "activations": lambda q: ActivationPerturbation(samples=q, seed=0),
-    "example_directions": lambda q: ExampleDirections(samples=q, seed=0),
+    "per_example-outputs": lambda q: PerExample(samples=q, space="activations", seed=0),
+    "per_example-weights": lambda q: PerExample(samples=q, space="weights", seed=0),
+    "per_example-values": lambda q: PerExample(samples=q, loss_gradient="values", seed=0),
     "per_example-forward": lambda q: PerExample(ForwardDifference(1e-3), samples=q, seed=0),
     "per_example-no_feedback": lambda q: PerExample(samples=q, feedback=0, seed=0),
 }
@@ -297,7 +296,15 @@ def test_law_4_frozen_weights_are_left_alone(make: Make) -> None:
     assert net.first.weight.grad is not None
 
 
-@forward_only
+def asks_autograd_for_the_loss(estimator: GradientEstimator) -> bool:
+    return isinstance(estimator, PerExample) and estimator.loss_gradient == "auto" and estimator.feedback > 0
+
+
+STRICT = {name: make for name, make in FORWARD_ONLY.items() if not asks_autograd_for_the_loss(make(1))}
+LOSS_ALONE = {name: make for name, make in FORWARD_ONLY.items() if name not in STRICT}
+
+
+@pytest.mark.parametrize("make", STRICT.values(), ids=STRICT.keys())
 def test_no_graph_is_built(make: Make) -> None:
     net, loss = problem()
 
@@ -312,6 +319,23 @@ def test_no_graph_is_built(make: Make) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(fail, lambda tensor: tensor):
         estimated(make(2), watched, net)
+
+
+@pytest.mark.parametrize("make", LOSS_ALONE.values(), ids=LOSS_ALONE.keys())
+def test_no_graph_is_built_through_the_net(make: Make) -> None:
+    net, loss = problem()
+
+    def in_a_layer(layer: nn.Module, args: object) -> None:
+        assert not torch.is_grad_enabled()
+
+    def of_the_loss(tensor: Tensor) -> Tensor:
+        assert tensor.numel() <= 8 * 3, "the graph is that of the loss as a function of the logits"
+        return tensor
+
+    for layer in net.children():
+        layer.register_forward_pre_hook(in_a_layer)
+    with torch.autograd.graph.saved_tensors_hooks(of_the_loss, lambda tensor: tensor):
+        estimated(make(2), loss, net)
 
 
 @every

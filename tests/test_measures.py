@@ -11,10 +11,10 @@ from zo_lightning import (
     CentralDifference,
     Coordinate,
     Directions,
-    ExampleDirections,
     ForwardGradient,
     Gaussian,
     Objective,
+    PerExample,
     Rademacher,
     Sphere,
     ZerothOrder,
@@ -208,7 +208,7 @@ def test_expected_cosine_with_a_direction_for_every_example() -> None:
     def losses() -> Tensor:
         return F.cross_entropy(net(x), y, reduction="none")
 
-    estimator = ExampleDirections(CentralDifference(1e-2), samples=2, feedback=0, balance=False, seed=0)
+    estimator = PerExample(CentralDifference(1e-2), samples=2, feedback=0, seed=0, space="weights")
     gradient = true_gradient(losses, net)
     n, cosines, state = 200, [], estimator.init(net)
     for step in range(n):
@@ -222,7 +222,7 @@ def test_expected_cosine_with_a_direction_for_every_example() -> None:
 
 
 def test_expected_cosine_where_most_of_the_gradient_is_known() -> None:
-    expected = [ExampleDirections().expected_cosine(1000, share, examples=10) for share in (1.0, 0.1, 0.0)]
+    expected = [PerExample(space="weights").expected_cosine(1000, share, examples=10) for share in (1.0, 0.1, 0.0)]
     assert expected == [pytest.approx(1 / math.sqrt(1 + 99.9)), pytest.approx(1 / math.sqrt(1 + 9.99)), 1.0]
 
 

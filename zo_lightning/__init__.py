@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere
     from zo_lightning.estimators import (
-        ActivationPerturbation,
         Backprop,
-        ExampleDirections,
         ForwardGradient,
         GradientEstimator,
         PerExample,
@@ -27,9 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "directions": ("Coordinate", "Directions", "Gaussian", "LowRank", "Rademacher", "Sphere"),
     "estimators": (
-        "ActivationPerturbation",
         "Backprop",
-        "ExampleDirections",
         "ForwardGradient",
         "GradientEstimator",
         "PerExample",
@@ -45,7 +41,6 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "ActivationPerturbation",
     "AdaMM",
     "AutomaticClassifier",
     "Backprop",
@@ -55,7 +50,6 @@ __all__ = [
     "Directions",
     "EstimatedGradient",
     "Evaluation",
-    "ExampleDirections",
     "ForwardDifference",
     "ForwardGradient",
     "Gaussian",

@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 from tests.callbacks.runs import Linear, automatic, batches, classifier, first_order, net, scalars, trainer
 from zo_lightning import (
-    ActivationPerturbation,
     AutomaticClassifier,
     CentralDifference,
     Coordinate,
     EstimatedGradient,
-    ExampleDirections,
     ForwardDifference,
     ForwardGradient,
     GradientEstimator,
@@ -30,8 +28,8 @@ ESTIMATORS: dict[str, GradientEstimator] = {
     "coordinate": ZerothOrder(Coordinate(), seed=0),
     "forward_gradient": ForwardGradient(seed=0),
     "per_example": PerExample(seed=0),
-    "activations": ActivationPerturbation(seed=0, samples=2),
-    "examples_forward": ExampleDirections(ForwardDifference(1e-2), seed=0),
+    "activations": PerExample(seed=0, samples=2, space="activations"),
+    "examples_forward": PerExample(ForwardDifference(1e-2), seed=0, space="weights"),
 }
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 

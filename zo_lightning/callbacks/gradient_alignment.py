@@ -152,10 +152,10 @@ def _perturbed(module: EstimatedGradient, gradient: Tensors) -> tuple[float, flo
 
     The one that makes the net's output gets none where its gradient is measured.
     """
-    known = module.estimator_state.state_dict()
-    dimensions = sum(layer["dims"] for key, layer in known["layers"].items() if key != known["last"]) or 1.0
+    known: Any = module.estimator_state
+    dimensions = sum(layer.dims for key, layer in known.layers.items() if key != known.last) or 1.0
     squares = {name: value**2 for name, value in norm(gradient).items()}
-    layer = (known["last"] or "").rpartition(".")[0]
+    layer = (known.last or "").rpartition(".")[0]
     exact = sum(square for name, square in squares.items() if layer and name.rpartition(".")[0] == layer)
     return dimensions, 1 - exact / squares[WHOLE] if squares[WHOLE] else math.nan
 

@@ -3,13 +3,11 @@
 from zo_lightning.estimators.backprop import Backprop
 from zo_lightning.estimators.base import GradientEstimator
 from zo_lightning.estimators.forward_gradient import ForwardGradient
-from zo_lightning.estimators.per_example import ActivationPerturbation, ExampleDirections, PerExample
+from zo_lightning.estimators.per_example import PerExample
 from zo_lightning.estimators.zeroth_order import ZerothOrder
 
 __all__ = [
-    "ActivationPerturbation",
     "Backprop",
-    "ExampleDirections",
     "ForwardGradient",
     "GradientEstimator",
     "PerExample",

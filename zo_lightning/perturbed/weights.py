@@ -145,9 +145,9 @@ class DisplacedWeights(TorchFunctionMode):
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function with displaced weights among its arguments, lists and dictionaries of them included."""
-        if func in _ASKS:
+        if func in ASKS:
             return func(*args, **kwargs)
-        if self.before_write is not None and args and _writes(func):
+        if self.before_write is not None and args and writes(func):
             for tensor in args[0] if isinstance(args[0], list | tuple) else args[:1]:
                 self.before_write(tensor)
         get, given = self.positions.get, []
@@ -196,7 +196,7 @@ _METHODS = (
     *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "get_device", "type", "__hash__", "dim_order"),
     *("requires_grad_", "register_hook", "retain_grad", "is_inference", "is_shared", "is_pinned"),
 )
-_ASKS: set[Any] = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {getattr(Tensor, m) for m in _METHODS}
+ASKS: set[Any] = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {getattr(Tensor, m) for m in _METHODS}
 """What asks about a tensor without reading its numbers."""
 
 
@@ -204,7 +204,7 @@ _OPERATORS = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floor
 _OPERATORS |= {"__setitem__", "__set__"}
 
 
-def _writes(func: Callable[..., Any]) -> bool:
+def writes(func: Callable[..., Any]) -> bool:
     """Whether a function writes into its first argument, by PyTorch's convention of names."""
     name = getattr(func, "__name__", "")
     return name.endswith("_") and (not name.endswith("__") or name in _OPERATORS)

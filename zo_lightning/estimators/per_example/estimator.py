@@ -1,0 +1,329 @@
+"""Zeroth order with a direction for every example: one slope per example teaches what one slope per batch cannot."""
+
+import logging
+import math
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from zo_lightning.directions import mix
+from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
+from zo_lightning.estimators.per_example.feedback import Shrinkage
+from zo_lightning.estimators.per_example.noise import OutputNoise, Seen, SharedNoise
+from zo_lightning.estimators.per_example.output import (
+    gradient_by_autograd,
+    gradient_by_values,
+    is_smooth,
+    module_calls,
+    output_of_the_net,
+    watched_output,
+)
+from zo_lightning.estimators.per_example.state import Layer, PerExampleState
+from zo_lightning.objective import Objective
+from zo_lightning.perturbed.affine import BatchNormalization
+from zo_lightning.perturbed.gates import Gate
+from zo_lightning.perturbed.outputs import DisplacedOutputs, Use
+from zo_lightning.perturbed.rules import count
+from zo_lightning.perturbed.state import State
+from zo_lightning.perturbed.weights import Weights
+from zo_lightning.stencils import CentralDifference, Stencil
+
+_log = logging.getLogger(__name__)
+
+Space = Literal["auto", "activations", "weights"]
+_SPACES = ("auto", "activations", "weights")
+_WAYS = ("auto", "values")
+
+
+@dataclass(frozen=True)
+class PerExample(GradientEstimator):
+    """Every example of a batch carries its own noise through every layer, and learns from its own loss.
+
+    Example ``i`` sees each use ``l`` of weights displaced by ``μ δₗᵢ``. Either ``δ = s ξ`` is noise on the output of
+    the layer, with random signs ``ξ`` (node perturbation: Dembo & Kailath 1990; for deep nets Ren et al. 2023), or it
+    is the change that noise ``s ξ`` on this example's weights makes there (such noise: Flipout, Wen et al. 2018). The
+    slope ``cᵢ = (ℓᵢ⁺ − ℓᵢ⁻) / 2μ`` gives the gradient of the example's loss by the output, or by the weights,
+
+    ``ĝₗᵢ = hₗᵢ + λₗ (cᵢ − Σₖ <δₖᵢ, hₖᵢ>) ξₗᵢ / sₗ``,
+
+    and the adjoint of the layer alone turns that into the gradient of the weights. ``h`` predicts ``g`` from the
+    gradient of the loss by the *net's output* (``Feedback``): where it is good, little is left for noise to find. With
+    ``correction=1`` the estimate is unbiased to O(μ²) however bad ``h`` is; the default chooses each layer's ``λ``
+    where the mean squared error is smallest (``Shrinkage``).
+
+    No graph is built through the net, and no layer is run backwards. The gradient of the *loss* by the net's output,
+    such as softmax minus target, is another matter: it is asked of autograd through the loss function alone, if that
+    has a gradient and its values agree with it (tried once). Where it has none, as a metric of NumPy, or with
+    ``loss_gradient="values"``, it is measured by asking the loss alone for its values, with the output displaced:
+    twice for each output up to 16, and for more along 16 random directions. Neither runs a layer, so neither counts as
+    a forward pass. The layers' adjoints cost about one forward pass, in floating-point operations. The first step runs
+    one pass more, to see how the net uses its weights. Memory: the inputs and outputs of all layers in each pass and
+    noise as large, and the maps of ``Feedback``.
+
+    Layers are displaced by the rules of ``perturbed.layers``; any other function of PyTorch with weights among its
+    arguments is differentiated on its own, if trying shows that examples are dimension 0 of its output. Weights that
+    are used in another way (an LSTM, TorchScript, compiled code) get one direction for the whole batch, as in
+    ``ZerothOrder``, and are named in a log line.
+
+    Batch normalisation in training mode couples the examples. All passes of a sample take the statistics of its first
+    (where its weights are trainable: others stay coupled), so that a loss depends on its own example's noise alone.
+    What this leaves out, how a layer acts through the statistics, is put back for the layer right before, if its noise
+    is on the output, and for ``h``. It stays out for layers further back: the price is a bias (docs/estimators.md has
+    it measured).
+
+    Args:
+        stencil: the finite difference. ``mu`` displaces outputs, which are of order 1, so it can be larger than on
+            weights.
+        samples: ``q`` ≥ 1 noises per example, averaged; ``CentralDifference`` asks 2q forward passes.
+        space: where the noise goes: ``"activations"``, ``"weights"``, or ``"auto"``: on the outputs of convolutions,
+            on the weights of normalisations and their like, else per layer where fewer dimensions are perturbed.
+        layers: exceptions to ``space``, by patterns of the names of layers' first weights, such as
+            ``{"conv*": "weights"}``.
+        feedback: rate ``ρ`` in [0, 2) at which ``h`` learns; 0 leaves it out.
+        correction: ``λ`` in [0, 1] for all layers, or ``"auto"``.
+        loss_gradient: ``"auto"`` as above, or ``"values"``: never autograd.
+        seed: as in ``ZerothOrder``.
+
+    Raises:
+        ValueError: an argument is out of its range; in ``backward``, also where the loss closure gives a scalar
+            instead of one loss per example, or a weight is used more often than in the first step.
+    """
+
+    stencil: Stencil = field(default_factory=lambda: CentralDifference(1e-2))
+    samples: int = 1
+    space: Space = "auto"
+    layers: Mapping[str, Space] = field(default_factory=dict)
+    feedback: float = 0.3
+    correction: float | Literal["auto"] = "auto"
+    loss_gradient: Literal["auto", "values"] = "auto"
+    seed: int | None = None
+
+    needs_example_losses = True
+    learns = True
+
+    def __post_init__(self) -> None:
+        check_samples(self.samples)
+        for space in (self.space, *self.layers.values()):
+            if space not in _SPACES:
+                raise ValueError(f"space must be one of {', '.join(_SPACES)}, got {space!r}")
+        if not 0 <= self.feedback < 2:
+            raise ValueError(f"feedback must be in [0, 2), got {self.feedback}")
+        if self.correction != "auto" and not (isinstance(self.correction, int | float) and 0 <= self.correction <= 1):
+            raise ValueError(f"correction must be 'auto' or in [0, 1], got {self.correction!r}")
+        if self.correction == 0 and self.feedback == 0:
+            raise ValueError("correction=0 with feedback=0 leaves no estimate: raise one of them")
+        if self.loss_gradient not in _WAYS:
+            raise ValueError(f"loss_gradient must be one of {', '.join(_WAYS)}, got {self.loss_gradient!r}")
+
+    @property
+    def mu(self) -> float:
+        """The stencil's."""
+        return self.stencil.mu
+
+    def with_mu(self, mu: float) -> Self:
+        """The same estimator with another ``mu``."""
+        return replace(self, stencil=replace(self.stencil, mu=mu))
+
+    def expected_cosine(self, d: float, share: float = 1.0, examples: int = 1, spread: float = 1.0) -> float:
+        """``1 / √(1 + s (d − 1) R / (q B))`` without feedback, whose gain comes on top.
+
+        ``d`` counts the perturbed dimensions of one example, ``s`` is the share of the layers that are perturbed, ``B``
+        the number of examples, and ``R`` their spread (``measures.gradient_spread``).
+        """
+        return 1 / math.sqrt(1 + share * (d - 1) * spread / (self.samples * examples))
+
+    def init(self, module: nn.Module) -> PerExampleState:
+        """A state that knows nothing."""
+        return PerExampleState()
+
+    @torch.no_grad()
+    def estimate(
+        self, objective: Objective, module: nn.Module, step: int, state: State, lean: bool = False
+    ) -> Estimate:
+        """Displace every example along ``samples`` noises of its own, and put their slopes together."""
+        seed, known = resolve_seed(self.seed), cast(PerExampleState, state)
+        objective.begin(mix(seed, step))
+        weights = trained(objective, module)
+        grads: dict[nn.Parameter, Tensor] = {}
+        with objective.guard():
+            if known.trained != weights.names:  # at first, and when weights were frozen or unfrozen
+                known.begin([])  # a look that failed is repeated
+                self._look(objective, module, weights, known, mix(seed, step))
+                known.trained = weights.names
+            total = torch.zeros((), device=weights[0].device)
+            for index in range(self.samples):
+                total += self._sample(objective, module, weights, known, mix(seed, step, index), grads)
+        known.steps += 1
+        return Estimate(total / self.samples, [(p, _like(p, grads.get(p), self.samples)) for p in weights])
+
+    def _look(
+        self, objective: Objective, module: nn.Module, weights: Weights, state: PerExampleState, seed: int
+    ) -> None:
+        """Run the net once, undisturbed, to see how it uses its weights and which module makes its output."""
+        watched = DisplacedOutputs(module, weights, before_write=objective.before_write)
+        with module_calls(module, watched) as calls, objective.probe(), watched:
+            losses = objective.losses()
+        uses = {key: use for key, use in watched.uses.items() if use.is_by_example(len(losses))}
+        alien = {id(w) for key, use in watched.uses.items() if key not in uses for w in use.operation.weights}
+        state.used = set(watched.uses)
+        state.shared = watched.opaque | {watched.names[i] for i in alien}
+        name = type(self).__name__
+        if state.shared:
+            _log.warning(
+                "%s: the use of %s cannot be displaced for each example: one direction for the whole batch, as in "
+                "ZerothOrder",
+                name,
+                ", ".join(sorted(state.shared)),
+            )
+        for key, use in uses.items():
+            if not {watched.names[id(w)] for w in use.operation.weights} <= state.shared:
+                state.layers[key] = self._layer(use, len(losses))
+        if not self.feedback:
+            return
+        state.net, state.last = output_of_the_net(calls, watched, len(losses))
+        if state.net is None:
+            _log.warning("%s: no module's output [B, C] leads to the loss alone: no feedback is learned", name)
+
+    def _layer(self, use: Use, examples: int) -> Layer:
+        name, one = use.key.partition(":")[0], use.operation
+        chosen = next((space for pattern, space in self.layers.items() if fnmatchcase(name, pattern)), self.space)
+        if one.few_weights:
+            chosen = "weights"
+        elif chosen == "auto":
+            fewer = not one.costly_noise and count(one.weights) < use.output[0].numel()
+            chosen = "weights" if fewer else "activations"
+        joined = len(use.output) != examples
+        if chosen == "weights" and not one.is_ruled and not joined:  # not every function has a forward derivative
+            still = [(use.output.new_zeros(examples, w.numel()),) for w in one.weights]
+            chosen = chosen if one.can(one.weight_jvp, still) else "activations"
+        reader = None if use.tracked is None else use.tracked.only_reader
+        gated = reader if isinstance(reader, Use) and isinstance(reader.operation, BatchNormalization) else use
+        gate = Gate() if gated.tracked is None else gated.tracked.gate()
+        in_weights = chosen == "weights" and not joined
+        visible = 1.0 if gated.tracked is None else max(gated.tracked.visible() / examples, 1.0)
+        dims = float(count(one.weights)) if in_weights else visible
+        return Layer(in_weights, dims, joined, gate.rectified, gate.pooled, gated.key)
+
+    def _sample(
+        self,
+        objective: Objective,
+        module: nn.Module,
+        weights: Weights,
+        state: PerExampleState,
+        seed: int,
+        grads: dict[nn.Parameter, Tensor],
+    ) -> Tensor:
+        """Add the estimate from one noise per example to ``grads``, and learn from it; returns the loss."""
+        noise = OutputNoise(seed, {key: layer for key, layer in state.layers.items() if key != state.last})
+        shared = SharedNoise(weights, state.shared, seed)
+        gates = {layer.normalized_by: layer.gate for layer in state.layers.values()}
+        statistics: dict[str, tuple[Tensor, Tensor]] = {}
+        uses: dict[str, Use] = {}
+        seen: Set[str] = set()
+        losses, outputs = [], []
+        for offset in self.stencil.offsets:
+            distance = offset * self.stencil.mu
+            value = shared.displaced(distance).__getitem__ if shared.positions else None
+            watched = DisplacedOutputs(
+                module,
+                weights,
+                noise,
+                distance,
+                statistics,
+                shared.positions,
+                value,
+                objective.before_write,
+                {} if uses else gates,
+            )
+            with watched_output(module, state.net) as output, objective.probe(), watched:
+                losses.append(objective.losses())
+            self._check_uses(watched, state, len(losses[0]))
+            seen = seen & watched.uses.keys() if uses else watched.uses.keys()
+            uses = uses or watched.uses
+            for use in watched.uses.values():
+                use.release()
+            outputs += output
+        error = self._error(objective, outputs, state, seed) if self.feedback and state.net is not None else None
+        layers = [Seen(key, one, uses, noise, len(losses[0])) for key, one in state.layers.items() if key in seen]
+        for layer in layers:
+            if error is not None and layer.key == state.last:
+                layer.h = error.to(layer.use.output.dtype)
+            else:
+                layer.predict(state.feedback, error)
+        slope = self._difference(losses) / len(losses[0])
+        mean_slope = float(slope.sum())
+        trusts = [self._trust(layer, state) for layer in layers]
+        measured = self.correction == "auto" and state.steps % Shrinkage.EVERY == 0
+        if measured or any(trusts):
+            slope -= sum(layer.predicted_slope() for layer in layers)
+        own = {id(p) for p in shared.params}
+        for layer, trust in zip(layers, trusts, strict=True):
+            correction = layer.correction(slope) if layer.delta is not None and (trust or measured) else None
+            if measured and layer.h is not None and correction is not None:
+                trust = state.shrinkage.measure(layer.key, layer.by_weights(correction))
+            found = layer.gradients(correction if trust else None, trust)
+            _add(grads, [one for one in zip(layer.use.operation.weights, found, strict=True) if id(one[0]) not in own])
+        _add(grads, shared.gradients(mean_slope))
+        if error is not None:
+            displaced = {one.key: one.delta for one in layers if one.delta is not None}
+            state.feedback.learn(displaced, self._difference(outputs), self.feedback)
+        return torch.stack(losses).mean()
+
+    def _check_uses(self, watched: DisplacedOutputs, state: PerExampleState, examples: int) -> None:
+        """Refuse uses of weights that the first step did not show, and outputs that turn out not to be of examples."""
+        if unknown := (watched.uses.keys() - state.used) | (watched.opaque - state.shared):
+            raise ValueError(
+                f"{type(self).__name__} needs to see all uses of weights in its first step: "
+                f"{', '.join(sorted(unknown))} is new"
+            )
+        for key in state.layers.keys() & watched.uses.keys():
+            rows = len(watched.uses[key].output)
+            if rows % examples or (rows != examples and not state.layers[key].joined):
+                raise ValueError(
+                    f"the output of {key} has {rows} rows for {examples} examples: {type(self).__name__} needs "
+                    "examples as dimension 0 of every layer's output; freeze the weight, or use it in another way"
+                )
+
+    def _difference(self, values: list[Tensor]) -> Tensor:
+        """The stencil's difference quotient of tensors, in float32 at least."""
+        dtype = torch.promote_types(values[0].dtype, torch.float32)
+        total = torch.zeros_like(values[0], dtype=dtype)
+        for a, value in zip(self.stencil.coefficients, values, strict=True):
+            total.add_(value, alpha=a / self.stencil.mu)
+        return total
+
+    def _error(self, objective: Objective, outputs: list[Tensor], state: PerExampleState, seed: int) -> Tensor:
+        """The gradient [B, C] of the mean loss by the net's output."""
+        assert state.net is not None
+        output = torch.stack(outputs).to(torch.promote_types(outputs[0].dtype, torch.float32)).mean(0)
+        if self.loss_gradient == "auto":
+            if state.is_smooth is None:
+                state.is_smooth = is_smooth(objective, state.net, output, seed)
+            if state.is_smooth and (error := gradient_by_autograd(objective, state.net, output)) is not None:
+                return error.div_(len(error))
+        return gradient_by_values(objective, state.net, output, seed).div_(len(output))
+
+    def _trust(self, layer: Seen, state: PerExampleState) -> float:
+        """The weight ``λ`` of what the noise says about a layer: all that there is, where nothing was predicted."""
+        if layer.h is None:
+            return 1.0
+        return state.shrinkage.trust(layer.key) if self.correction == "auto" else float(self.correction)
+
+
+def _add(grads: dict[nn.Parameter, Tensor], found: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for p, grad in found:
+        grads[p] = grads[p] + grad if p in grads else grad
+
+
+def _like(p: nn.Parameter, grad: Tensor | None, samples: int) -> Tensor:
+    """The mean of some samples as a tensor with the strides of its weight."""
+    if grad is None:
+        return torch.zeros_like(p)
+    if samples > 1:
+        grad = grad / samples
+    return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)

@@ -1,0 +1,102 @@
+"""What ``PerExample`` learns about one module."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from zo_lightning.estimators.per_example.feedback import Feedback, Shrinkage
+from zo_lightning.perturbed.gates import Gate
+from zo_lightning.perturbed.state import State
+
+
+@dataclass
+class Layer:
+    """What is known of one use of weights.
+
+    Attributes:
+        in_weights: whether its noise is on the weights.
+        dims: how many numbers its noise has that the loss can depend on, for one example.
+        joined: whether dimension 0 of its output holds more than the example.
+        rectified: whether a ReLU hides its output.
+        pooled: whether a max-pooling does.
+        normalized_by: key of the batch normalisation that alone reads its output, or its own key.
+        scale: ``s`` of its noise, which gives its output a displacement of mean square 1; 0 until that is known.
+    """
+
+    in_weights: bool
+    dims: float
+    joined: bool
+    rectified: bool
+    pooled: bool
+    normalized_by: str
+    scale: float = 0.0
+
+    @property
+    def gate(self) -> Gate:
+        """What hides its output."""
+        return Gate(self.rectified, self.pooled)
+
+    def begin(self, power: float) -> None:
+        """Choose the scale for a displacement whose mean square at scale 1 is ``power``."""
+        self.scale = 1 / math.sqrt(power)
+
+
+class PerExampleState(State):
+    """How a module uses its weights, and what was learned of it.
+
+    Attributes:
+        trained: names of the weights that this is for.
+        layers: by key of a use, in the order of the net.
+        used: keys of all uses.
+        shared: names of the weights with one direction for the whole batch.
+        net: name of the module that makes the net's output, if there is one.
+        last: key of the use that makes it, if one does.
+        is_smooth: whether autograd gives the loss's gradient by the net's output; None: not tried.
+        steps: taken so far.
+        feedback: the maps that predict gradients.
+        shrinkage: how far the slopes are trusted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+        self.feedback = Feedback()
+        self.begin([])
+
+    def begin(self, trained: list[str]) -> None:
+        """Forget how weights are used; what feedback has learned stays."""
+        self.trained = trained
+        self.layers: dict[str, Layer] = {}
+        self.used: set[str] = set()
+        self.shared: set[str] = set()
+        self.net: str | None = None
+        self.last: str | None = None
+        self.is_smooth: bool | None = None
+        self.shrinkage = Shrinkage()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how a run goes on."""
+        return {
+            **super().state_dict(),
+            "steps": self.steps,
+            "trained": list(self.trained),
+            "layers": {key: asdict(layer) for key, layer in self.layers.items()},
+            "used": sorted(self.used),
+            "shared": sorted(self.shared),
+            "net": self.net,
+            "last": self.last,
+            "is_smooth": self.is_smooth,
+            "feedback": self.feedback.state_dict(),
+            "shrinkage": self.shrinkage.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what ``state_dict`` gave."""
+        super().load_state_dict(state)
+        self.begin(list(state["trained"]))
+        self.steps = state["steps"]
+        self.layers = {key: Layer(**layer) for key, layer in state["layers"].items()}
+        self.used, self.shared = set(state["used"]), set(state["shared"])
+        self.net, self.last, self.is_smooth = state["net"], state["last"], state["is_smooth"]
+        self.feedback.load_state_dict(state["feedback"])
+        self.shrinkage.load_state_dict(state["shrinkage"])
