@@ -1,16 +1,20 @@
-"""How well estimates of equal cost, two forward passes, point along the true gradient: cos², on MNIST's nets.
+"""How well estimates of two forward passes each point along the true gradient: cos², on MNIST's nets.
 
     python benchmarks/alignment.py --root ../shared/data [--scales 0.1112 12.33] [--draws 100]
 
 At the initial weights, and after some steps of backpropagation; every estimate is compared with the gradient of its own
-batch. "With feedback" is the default estimator, which learns during these draws. Last comes
-the bias that batch normalisation leaves, in a net of three convolutions with it.
+batch. "With feedback" is the default estimator, which learns during these draws. Beside cos² stands what an estimate
+costs: floating-point operations in forward passes of the batch, and milliseconds (medians, in turns). Last comes the
+bias that batch normalisation leaves, in a net of three convolutions with it.
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator
-from statistics import mean
+from functools import partial
+from statistics import mean, median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +27,7 @@ from zo_lightning import (
     ScalableCNN,
     ZerothOrder,
 )
+from zo_lightning.costs import count_flops
 from zo_lightning.data import MNIST
 from zo_lightning.measures import cosine
 from zo_lightning.perturbed.state import State
@@ -54,20 +59,44 @@ def batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield images[chosen].float().div(255), labels[chosen]
 
 
-def squared_cosines(net: nn.Module, stream: Iterator[tuple[Tensor, Tensor]], draws: int) -> dict[str, float]:
-    """The mean of cos² between each estimator's estimate and the gradient of the same batch."""
-    found: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
-    states = {name: estimator.init(net) for name, estimator in ESTIMATORS.items()}
-    for step, (x, y) in zip(range(draws), stream, strict=False):
+class Estimated(NamedTuple):
+    """The mean of cos² between an estimate and the gradient of the same batch, and what one estimate costs."""
 
-        def loss(x: Tensor = x, y: Tensor = y) -> Tensor:
-            return F.cross_entropy(net(x), y, reduction="none")
+    squared_cosine: float
+    flops: float
+    milliseconds: float
 
-        exact = gradients(Backprop(), loss, net, step, State())
-        for name, estimator in ESTIMATORS.items():
-            found[name].append(cosine(gradients(estimator, loss, net, step, states[name]), exact)["all"] ** 2)
+
+def squared_cosines(net: nn.Module, stream: Iterator[tuple[Tensor, Tensor]], draws: int) -> dict[str, Estimated]:
+    """How good each estimator is, and at what cost; the first is the gradient itself."""
+    every: dict[str, GradientEstimator] = {"backpropagation": Backprop(), **ESTIMATORS}
+    found: dict[str, list[float]] = {name: [] for name in every}
+    times: dict[str, list[float]] = {name: [] for name in every}
+    flops: dict[str, float] = {}
+    states = {name: estimator.init(net) for name, estimator in every.items()}
+    x, y = next(stream)
+
+    def loss() -> Tensor:
+        return F.cross_entropy(net(x), y, reduction="none")
+
+    for step in range(draws):
+        exact = None
+        for name, estimator in every.items():
+            net.zero_grad()
+            began = time.perf_counter()
+            estimator.backward(loss, net, step, states[name])
+            times[name].append(time.perf_counter() - began)
+            estimate = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+            exact = exact or estimate
+            found[name].append(cosine(estimate, exact)["all"] ** 2)
+        x, y = next(stream)
+    for name, estimator in every.items():
+        flops[name] = count_flops(partial(estimator.backward, loss, net, draws, states[name]))
     # Feedback needs some steps to have something to say: of all, the second half counts.
-    return {name: mean(values[draws // 2 :]) for name, values in found.items()}
+    return {
+        name: Estimated(mean(values[draws // 2 :]), flops[name], median(times[name]) * 1e3)
+        for name, values in found.items()
+    }
 
 
 def train(net: nn.Module, stream: Iterator[tuple[Tensor, Tensor]], steps: int) -> None:
@@ -124,8 +153,13 @@ def main() -> None:
             train(net, stream, steps)
             found = squared_cosines(net, stream, options.draws)
             print(f"\nd = {sum(p.numel() for p in net.parameters()):,}, after {steps} steps of backpropagation")
-            for name, value in found.items():
-                print(f"  {name:<30} cos² {value:9.6f}   {value / found['one direction']:9.1f} times", flush=True)
+            passes = count_flops(lambda net=net: net(images[:BATCH].float()))
+            for name, (value, flops, milliseconds) in found.items():
+                print(
+                    f"  {name:<32}cos² {value:9.6f}{value / found['one direction'].squared_cosine:11.1f} times"
+                    f"{flops / passes:8.2f} passes{milliseconds:9.2f} ms",
+                    flush=True,
+                )
     print("\nBatch normalisation: cosine of the mean estimate, by convolution")
     for name, value in batch_norm_bias(*next(batches(images, labels)), 20 * options.draws).items():
         print(f"  {name:<30} {value:.3f}")

@@ -5,12 +5,14 @@
 Every way estimates the gradient of the loss of 32 images, has the same number of forward passes, and is followed by the
 same update rule, ``NormalizedSGD`` with a linear decay, which takes away the size of an estimate: what is compared is
 where the estimates point. Signs and normal numbers are in the library (``Rademacher``, ``Gaussian``); the others did
-not do better here (docs/estimators.md has the table).
+not do better here (docs/estimators.md has the table). Beside the accuracies stand the floating-point operations of a
+training, queries and what the way itself multiplies, and its seconds.
 """
 
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from zo_lightning import NormalizedSGD, ScalableCNN
+from zo_lightning.costs import FlopMeter
 from zo_lightning.data import MNIST
 
 BATCH = 32
@@ -153,6 +156,14 @@ def automatic_mu(f: BlackBox, q: int) -> Tensor:
     return signs(f, q)
 
 
+class Outcome(NamedTuple):
+    """Held-out accuracy, and what it cost."""
+
+    accuracy: float
+    flops: float
+    seconds: float
+
+
 class Way(NamedTuple):
     """An estimate, its number of directions, and whether each step has a new batch and asks for its loss itself."""
 
@@ -186,21 +197,24 @@ WAYS = {
 
 
 @torch.no_grad()
-def accuracy(way: Way, seed: int, budget: int, lr: float, images: Tensor, labels: Tensor) -> float:
-    """Held-out accuracy after a budget of forward passes of 128 images."""
+def train(way: Way, seed: int, budget: int, lr: float, images: Tensor, labels: Tensor) -> Outcome:
+    """Spend a budget of forward passes of 128 images."""
     f = BlackBox(images[:-HELD_OUT], labels[:-HELD_OUT], seed)
     steps = budget * 128 // BATCH // way.queries
     optimizer = NormalizedSGD([f.weights], lr, weight_decay=0.03)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    meter, began = FlopMeter(), time.perf_counter()
     for _ in range(steps):
         if way.renews:
             f.next_batch()
-        f.weights.grad = way.estimate(f, way.q)
+        with meter.step(f.net, None):
+            f.weights.grad = way.estimate(f, way.q)
         f.momentum.lerp_(f.weights.grad, 0.1)
         optimizer.step()
         schedule.step()
+    seconds = time.perf_counter() - began
     found = f.net(images[-HELD_OUT:].float().div(255)).argmax(1)
-    return (found == labels[-HELD_OUT:]).float().mean().item()
+    return Outcome((found == labels[-HELD_OUT:]).float().mean().item(), meter.total, seconds)
 
 
 def main() -> None:
@@ -216,16 +230,18 @@ def main() -> None:
     print(
         "| way | lr | "
         + " | ".join(map(str, options.seeds))
-        + " | mean |\n|---|---|"
+        + " | mean | TFLOP | seconds |\n|---|---|"
         + "---|" * len(options.seeds)
-        + "---|"
+        + "---|---|---|"
     )
     for name in tqdm(options.only, disable=not sys.stderr.isatty()):
         for lr in options.lr:
-            found = [accuracy(WAYS[name], seed, options.budget, lr, images, labels) for seed in options.seeds]
+            outcomes = [train(WAYS[name], seed, options.budget, lr, images, labels) for seed in options.seeds]
+            found, flops, seconds = ([one[i] for one in outcomes] for i in range(3))
             spread = f" ± {stdev(found):.3f}" if len(found) > 1 else ""
             row = " | ".join(f"{one:.3f}" for one in found)
-            print(f"| {name}, {WAYS[name].q} | {lr:g} | {row} | {mean(found):.3f}{spread} |", flush=True)
+            cost = f"{mean(flops) / 1e12:.3f} | {mean(seconds):.0f}"
+            print(f"| {name}, {WAYS[name].q} | {lr:g} | {row} | {mean(found):.3f}{spread} | {cost} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -89,12 +89,12 @@ def stepper(mode: str, task: Task) -> Callable[[int], object]:
     if mode == "inference":
         return torch.no_grad()(lambda step: task.loss())
     estimator: GradientEstimator = Backprop() if mode == "backpropagation" else ZerothOrder(Rademacher(), seed=0)
-    optimizer = torch.optim.SGD(task.net.parameters(), 1e-4)
+    optimizer, state = torch.optim.SGD(task.net.parameters(), 1e-4), estimator.init(task.net)
     if mode == "zeroth order, lean":
-        return lambda step: estimator.update(optimizer, task.loss, task.net, step)  # type: ignore[attr-defined]
+        return lambda step: estimator.update(optimizer, task.loss, task.net, step, state)
 
     def step(index: int) -> None:
-        estimator.backward(task.loss, task.net, index)
+        estimator.backward(task.loss, task.net, index, state)
         optimizer.step()
         optimizer.zero_grad()
 

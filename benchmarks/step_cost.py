@@ -37,7 +37,7 @@ from zo_lightning import (
     ScalableCNN,
     ZerothOrder,
 )
-from zo_lightning.costs import FlopMeter
+from zo_lightning.costs import count_flops
 from zo_lightning.data.batches import TensorBatches
 
 BATCH = 128
@@ -125,10 +125,10 @@ def in_a_plain_loop(method: Method, scale: float, steps: int, warmup: int = 20) 
 def plain_step(method: Method, scale: float) -> Callable[[int], object]:
     """A training step as one would write it without Lightning."""
     net, images, labels = task(scale)
-    optimizer = method.optimizer(net.parameters())
+    optimizer, state = method.optimizer(net.parameters()), method.estimator.init(net)
 
     def step(index: int) -> None:
-        method.estimator.backward(lambda: F.cross_entropy(net(images), labels, reduction="none"), net, index)
+        method.estimator.backward(lambda: F.cross_entropy(net(images), labels, reduction="none"), net, index, state)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -155,13 +155,7 @@ def task(scale: float) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
 
 def operations(work: Callable[[int], object]) -> float:
     """The floating-point operations of one step, once it has settled."""
-    meter, each = FlopMeter(), []
-    for index in range(4):
-        before = meter.total
-        with meter.step(torch.nn.Identity(), None, index):
-            work(index)
-        each.append(meter.total - before)
-    return each[-1]
+    return [count_flops(lambda index=index: work(index)) for index in range(4)][-1]
 
 
 def main() -> None:

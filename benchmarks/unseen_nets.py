@@ -2,7 +2,8 @@
 
 A ResNet of torchvision (batch normalisation, strides, residuals) and a transformer encoder of PyTorch with two layers,
 unchanged, on scikit-learn's digits. Backpropagation trains for a number of steps, counted as three forward passes each;
-forward only training then has five times as many passes, two a step. Test accuracy, after training.
+forward only training then has five times as many passes, two a step. Test accuracy after training, and what training
+has really cost: floating-point operations and seconds, the mean over the seeds.
 
     python benchmarks/unseen_nets.py [--nets transformer resnet] [--seeds 42 43 44] [--csv FILE]
 """
@@ -11,6 +12,7 @@ import argparse
 import csv
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -56,6 +58,14 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.encoder(self.embed(quarters) + self.position)).mean(1))
 
 
+class Outcome(NamedTuple):
+    """What a training has brought and cost."""
+
+    accuracy: float
+    flops: float
+    seconds: float
+
+
 class Task(NamedTuple):
     """A net, the steps and learning rate of backpropagation, and the estimator and learning rate without it."""
 
@@ -73,8 +83,8 @@ TASKS = {
 }
 
 
-def train(net: Callable[[], nn.Module], estimator: GradientEstimator, lr: float, steps: int, seed: int) -> float:
-    """The test accuracy after some steps of Adam with a cosine schedule."""
+def train(net: Callable[[], nn.Module], estimator: GradientEstimator, lr: float, steps: int, seed: int) -> Outcome:
+    """Some steps of Adam with a cosine schedule."""
     seed_everything(seed, verbose=False)
     model = Classifier(
         net(),
@@ -94,8 +104,10 @@ def train(net: Callable[[], nn.Module], estimator: GradientEstimator, lr: float,
         enable_progress_bar=sys.stderr.isatty(),
     )
     data = Digits(val_size=0, seed=seed)
+    began = time.perf_counter()
     trainer.fit(model, data)
-    return trainer.test(model, data, verbose=False)[0]["test/acc"]
+    seconds = time.perf_counter() - began
+    return Outcome(trainer.test(model, data, verbose=False)[0]["test/acc"], model.flops, seconds)
 
 
 def main() -> None:
@@ -116,17 +128,21 @@ def main() -> None:
             ("forward only", task.estimator, task.zo_lr, 15 * task.steps),
         ):
             steps = passes // (3 if isinstance(estimator, Backprop) else 2)
-            accuracies = [train(task.net, estimator, lr, steps, seed) for seed in options.seeds]
-            rows.append((name, method, passes, *(round(a, 4) for a in accuracies), round(mean(accuracies), 4)))
+            outcomes = [train(task.net, estimator, lr, steps, seed) for seed in options.seeds]
+            accuracies = [one.accuracy for one in outcomes]
+            operations, seconds = mean(one.flops for one in outcomes), mean(one.seconds for one in outcomes)
+            cost = passes, f"{operations:.4g}", round(seconds, 1)
+            rows.append((name, method, *cost, *(round(a, 4) for a in accuracies), round(mean(accuracies), 4)))
             each = " ".join(f"{a:.3f}" for a in accuracies)
             print(
-                f"{name:<12} {method:<16} {passes:>6} forward passes: {each}, mean {mean(accuracies):.3f}", flush=True
+                f"{name:<12} {method:<16} {passes:>6} forward passes, {operations / 1e12:.3f} TFLOP, {seconds:.0f} s: "
+                f"{each}, mean {mean(accuracies):.3f}",
+                flush=True,
             )
     if options.csv:
+        header = ("net", "method", "forward_passes", "flops", "seconds", *(f"seed_{s}" for s in options.seeds), "mean")
         with options.csv.open("w", newline="") as file:
-            csv.writer(file).writerows(
-                [("net", "method", "forward_passes", *(f"seed_{seed}" for seed in options.seeds), "mean"), *rows]
-            )
+            csv.writer(file).writerows([header, *rows])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class FlopMeter:
     as with layers that choose their work by the data, their mean is added. A step that raises is counted as well.
 
     Counted is what multiplies matrices: products, convolutions, attention, recurrent layers, forward and backward, and
-    linear systems. Arithmetic number by number is not, nor are random numbers, nor decompositions but Cholesky's.
+    linear systems. Arithmetic number by number is not, nor are random numbers, nor decompositions but QR, Cholesky.
     Modules that are added later are noticed when something else has changed too.
 
     The module keeps its meter, and its state in checkpoints, so that a continued run counts as an uninterrupted one:
@@ -119,6 +119,13 @@ class FlopMeter:
         return kind
 
 
+def count_flops(work: Callable[[], object]) -> float:
+    """The floating-point operations of one call of ``work``, counted as ``FlopMeter`` does."""
+    with _Counter() as counter:
+        work()
+    return float(counter.get_total_flops())
+
+
 @contextmanager
 def uncounted() -> Iterator[None]:
     """Within a step that a ``FlopMeter`` measures: leave out what is no part of training, such as a diagnostic."""
@@ -205,6 +212,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     **dict.fromkeys((aten.mv, aten.dot, aten.vdot), _vector),
     **dict.fromkeys((aten.addmv, aten.addmv_), lambda out, a, v, **_: 2 * prod(a)),
     aten.linalg_cholesky_ex: lambda a, *_, **__: prod(a) * a[-1] // 3,
+    aten.linalg_qr: lambda a, *_, **__: 4 * prod(a) * min(a[-2:]) - 4 * prod(a[:-2]) * min(a[-2:]) ** 3 // 3,
     aten.cholesky_solve: lambda b, *_, **__: 2 * prod(b) * b[-2],
     aten.linalg_solve_triangular: lambda a, b, *_, **__: prod(b) * a[-1],
     aten._linalg_solve_ex: lambda a, b, *_, **__: 2 * prod(a) * a[-1] // 3 + 2 * prod(b) * a[-1],

@@ -6,7 +6,7 @@ distribution, and no formula outside this file mentions the dimension ``d``.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
@@ -27,7 +27,10 @@ def mix(*words: int) -> int:
     Each word is absorbed by the finaliser of SplitMix64 (Steele, Lea & Flood, *Fast splittable pseudorandom number
     generators*, 2014), so neighbouring seeds, steps and indices give unrelated streams.
     """
-    state = 0
+    return _absorbed(0, words)
+
+
+def _absorbed(state: int, words: Iterable[int]) -> int:
     for word in words:
         state = (state + (word & _MASK) + 0x9E3779B97F4A7C15) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -77,11 +80,7 @@ class Directions(ABC):
         """What the ``d`` numbers of all tensors are multiplied by, or None; ``norm`` computes their norm."""
         return None
 
-    def _generator(self, device: torch.device, *key: int) -> torch.Generator:
-        # torch's CPU generator keeps 32 bits of its seed: two of many streams may coincide, at unrelated steps only.
-        return torch.Generator("cpu" if self.draw_on == "cpu" else device).manual_seed(mix(*key))
-
-    def _normal(self, place: Tensor, *key: int) -> None:
+    def _normal(self, place: Tensor, direction: "Direction", position: int) -> None:
         """Fill a tensor with standard normal numbers, drawn in float32 whatever its dtype."""
         device = torch.device("cpu") if self.draw_on == "cpu" else place.device
         direct = place.device == device and place.dtype == torch.float32
@@ -90,11 +89,13 @@ class Directions(ABC):
         # can draw, and the numbers do not depend on how many there are.
         pieces = numbers.view(-1).split(_PIECE)
         if len(pieces) == 1:
-            numbers.normal_(generator=self._generator(device, *key))
+            numbers.normal_(generator=direction.stream(device, position))
         else:
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
                 draw = enumerate(pieces)
-                list(pool.map(lambda one: one[1].normal_(generator=self._generator(device, *key, one[0])), draw))
+                list(
+                    pool.map(lambda one: one[1].normal_(generator=direction.own_stream(device, position, one[0])), draw)
+                )
         if not direct:
             place.copy_(numbers)
 
@@ -119,6 +120,8 @@ class Direction:
         self, distribution: Directions, weights: Sequence[Tensor], key: tuple[int, ...], still: Mapping[int, int]
     ) -> None:
         self.distribution, self.weights, self.key, self.still = distribution, weights, key, still
+        self._state = mix(*key)
+        self._generators: dict[torch.device, torch.Generator] = {}
         self.held: list[Tensor] | None = None
 
     @cached_property
@@ -157,6 +160,18 @@ class Direction:
         self.held = self.tensors(out)
         return self
 
+    def stream(self, device: torch.device, position: int) -> torch.Generator:
+        """The random numbers of one tensor, until those of another are asked for."""
+        generator = self._generators.get(device)
+        if generator is None:
+            generator = self._generators[device] = torch.Generator(device)
+        return generator.manual_seed(_absorbed(self._state, (position,)))
+
+    def own_stream(self, device: torch.device, position: int, piece: int) -> torch.Generator:
+        """The random numbers of one piece of a tensor, for a thread of its own."""
+        # torch's CPU generator keeps 32 bits of its seed: two of many streams may coincide, at unrelated steps only.
+        return torch.Generator(device).manual_seed(_absorbed(self._state, (position, piece)))
+
     def _raw(self, position: int, out: Tensor | None = None) -> Tensor:
         place = torch.empty_like(self.weights[position]) if out is None else out
         real = torch.view_as_real(place) if place.is_complex() else place
@@ -182,7 +197,7 @@ class Gaussian(Directions):
     """Standard normal directions, ``u ~ N(0, I)`` (Nesterov & Spokoiny, *Random gradient-free minimization*, 2017)."""
 
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
-        self._normal(place, *direction.key, position)
+        self._normal(place, direction, position)
 
 
 @dataclass(frozen=True)
@@ -202,14 +217,16 @@ class Rademacher(Directions):
     """Random signs, ``uⱼ = ±1`` with equal probability (SPSA, Spall 1992): four times cheaper to draw than normals."""
 
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
-        generator = self._generator(place.device, *direction.key, position)
+        generator = direction.stream(torch.device("cpu") if self.draw_on == "cpu" else place.device, position)
         flat = place.view(-1)
-        # In pieces, so that bits beside the numbers take little memory.
+        # In pieces, so that what is beside the numbers takes little memory.
         for piece in flat.split(_SIGNS) if place.numel() > _SIGNS else (flat,):
             words = torch.empty(piece.numel() // 64 + 1, dtype=torch.int64, device=generator.device)
             words.random_(-(1 << 63), None, generator=generator)
-            bits = np.unpackbits(words.cpu().numpy().view(np.uint8), count=piece.numel())
-            piece.copy_(torch.from_numpy(bits)).mul_(2).sub_(1)
+            signs = np.unpackbits(words.cpu().numpy().view(np.uint8), count=piece.numel()).view(np.int8)
+            signs += signs
+            signs -= 1
+            piece.copy_(torch.from_numpy(signs))
 
 
 @dataclass(frozen=True)
@@ -247,11 +264,10 @@ class LowRank(Directions):
             raise ValueError(f"rank must be at least 1, got {self.rank}")
 
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
-        key = (*direction.key, position)
         if place.ndim < 2:
-            self._normal(place, *key)
+            self._normal(place, direction, position)
             return
         m, n = place.shape[0], place[0].numel()
         factors = torch.empty(m + n, self.rank, device=place.device)
-        self._normal(factors, *key)
+        self._normal(factors, direction, position)
         place.copy_((factors[:m] @ factors[m:].T).div_(math.sqrt(self.rank)).view(place.shape))

@@ -131,14 +131,15 @@ class Objective:
 
     @contextmanager
     def differentiated(self) -> Iterator[None]:
-        """Guard the loss's one pass with a graph, whose side effects stay: only an error undoes them."""
-        before = _RandomState(self._generators)
+        """Guard the loss's one pass with a graph, whose side effects stay: an error undoes those on PyTorch's state."""
+        states = [generator.get_state() for generator in self._generators]
         try:
             with torch.enable_grad():
                 yield
         except BaseException:
             self._buffers.restore()
-            before.restore()
+            for generator, state in zip(self._generators, states, strict=True):
+                generator.set_state(state)
             raise
 
     def differentiable(self) -> Tensor:
@@ -177,7 +178,8 @@ class Objective:
         if first:
             self._after_first = _Buffers(self.module) if self._buffers else self._buffers
             self._moved = [(p.data, p.detach().clone()) for p, _ in self._written.values()]
-        self._buffers.restore()
+        if self._buffers:
+            self._buffers.restore()
         for p, before in self._written.values():
             p.data.copy_(before)
 
@@ -192,7 +194,7 @@ def check_loss(loss: Any) -> float:
     if not isinstance(loss, Tensor) or (loss.numel() != 1 and loss.ndim != 1) or loss.numel() == 0:
         shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"the loss must be a tensor with one element, or with one per example, got {shape}")
-    value = float(loss.detach().mean())
+    value = float(loss.detach() if loss.ndim == 0 else loss.detach().mean())
     if not math.isfinite(value):
         raise NonFiniteLoss(value)
     return value

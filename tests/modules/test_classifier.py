@@ -85,6 +85,7 @@ def test_law_7_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(estimator:
     resumed = fit(30, tmp_path / "14" / "last.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
     assert resumed.forward_passes == whole.forward_passes
+    assert resumed.flops == whole.flops > 0
 
 
 @pytest.mark.parametrize(

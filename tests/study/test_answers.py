@@ -6,6 +6,8 @@ import pandas as pd
 from zo_lightning.study import answers
 from zo_lightning.study.minima import SHARPNESS
 from zo_lightning.study.results import Results
+from zo_lightning.study.sections import sections_of
+from zo_lightning.study.weights import similarity
 
 
 def test_barrier_is_the_height_above_the_line_between_the_ends(results: Results) -> None:
@@ -25,3 +27,12 @@ def test_table_has_a_row_for_each_method_and_size(results: Results) -> None:
     assert table["method"].tolist() == ["FO-AdaMM", "ZO-AdaMM"] * 2
     assert set(table["epochs"]) == {"3"}
     assert table["accuracy − FO-AdaMM's"].eq("–").tolist() == [True, False] * 2
+
+
+def test_runs_that_counted_no_operations_are_compared_by_forward_passes(results: Results) -> None:
+    older = Results(results.study, results.folder, results.table.assign(flops=np.nan), {}, None)
+    for of, cost in ((results, "flops"), (older, "forward_passes")):
+        budget = next(section for section in sections_of(of, similarity(of)) if section.anchor == "budget")
+        assert [drawing.name for drawing in budget.figures if drawing.key] == [f"val_accuracy_by_{cost}"]
+    assert set(answers.final_table(older)["TFLOP"]) == {"–"}
+    assert all(float(value) > 0 for value in answers.final_table(results)["TFLOP"])

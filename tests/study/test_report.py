@@ -19,7 +19,7 @@ from zo_lightning.study.results import Results
 FIGURES = {
     *("accuracy", "train_loss", "val_loss", "final_accuracy", "ratios", "k", "exponent", "epoch_time"),
     *("cosine_ZO-AdaMM", "l2_ZO-AdaMM", "matched_ZO-AdaMM", "tsne_conv1", "tsne_conv2", "filters"),
-    *("val_accuracy_by_forward_passes", "val_accuracy_by_seconds", "val_loss_by_forward_passes", "val_loss_by_seconds"),
+    *("val_accuracy_by_flops", "val_accuracy_by_seconds", "val_loss_by_flops", "val_loss_by_seconds"),
     *("line_loss", "line_accuracy", "sharpness"),
 }
 

@@ -102,6 +102,12 @@ def test_table_of_results(results: Results) -> None:
     # 2 steps an epoch; three passes a step by backpropagation, two by the central difference
     assert sorted(set(fo["forward_passes"])) == [6, 12, 18]
     assert sorted(set(zo["forward_passes"])) == [4, 8, 12]
+    # the two of an epoch cost as much in every one; a central difference is two forward passes, backpropagation more
+    for table in (fo, zo):
+        by_epoch = table.pivot_table(index="net", columns="epoch", values="flops")
+        assert (by_epoch[3] / by_epoch[1]).to_numpy() == pytest.approx(3, rel=1e-6)  # logged as float32
+    spent = fo.groupby("net")["flops"].max() / zo.groupby("net")["flops"].max()
+    assert ((spent > 1) & (spent < 1.5)).all()
     last = fo[fo["epoch"] == 3]
     total = fo.groupby(["net", "seed"])["epoch_seconds"].sum()
     assert last.set_index(["net", "seed"])["seconds"].to_dict() == pytest.approx(total.to_dict())

@@ -16,7 +16,7 @@ class Backprop(GradientEstimator):
     """Backpropagation: ``ĝ = ∇f(x)``, the estimator with zero variance.
 
     A step counts as three forward passes, since the backward pass costs about two. Buffers and random states move on as
-    in ``loss.backward()``; where the loss or its derivative raises, they are as before.
+    in ``loss.backward()``; where the loss or its derivative raises, buffers and PyTorch's random state are as before.
     """
 
     is_exact = True

@@ -162,6 +162,7 @@ def step_by_tensor(optimizer: torch.optim.Optimizer, estimate: Estimate) -> None
     with torch.no_grad():
         for p, gradient in estimate.gradients:
             p.grad = gradient
+            del gradient  # or it would still be there while the next one is drawn
             try:
                 optimizer.step()
             finally:

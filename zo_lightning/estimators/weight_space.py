@@ -49,6 +49,7 @@ def _one_by_one(weights: Weights, lean: list[tuple[Direction, float]]) -> Iterat
         for direction, c_i in rest:
             gradient.add_(direction[position], alpha=c_i)
         yield p, gradient
+        del gradient  # or it would still be there while the next one is drawn
 
 
 def isotropic_cosine(directions: Directions, d: float, share: float, samples: int) -> float:

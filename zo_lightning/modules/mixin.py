@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -124,7 +124,15 @@ class EstimatedGradient(_Module):
         optimizer: Any = self.optimizers()
         self.estimated_objective = objective
         try:
-            optimizer.step(closure=lambda: self._estimate(objective, optimizer, batch))
+            with ExitStack() as counted:  # what the update itself multiplies, between and after the closure's calls
+
+                def closure() -> Tensor:
+                    counted.close()
+                    loss = self._estimate(objective, optimizer, batch)
+                    counted.enter_context(self._flops.step(self, batch, "update"))
+                    return loss
+
+                optimizer.step(closure=closure)
         finally:
             self.estimated_objective = None
         self.forward_passes += objective.forward_passes

@@ -1,6 +1,5 @@
 """A forward pass in which every use of a weight sees another tensor in its place, while the weight stays untouched."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,10 +147,20 @@ class DisplacedWeights(TorchFunctionMode):
         """Run one function with displaced weights among its arguments, lists and dictionaries of them included."""
         if func in ASKS:
             return func(*args, **kwargs)
-        if self.before_write is not None and writes(func) and args:
+        if self.before_write is not None and args and writes(func):
             for tensor in args[0] if isinstance(args[0], list | tuple) else args[:1]:
                 self.before_write(tensor)
-        return func(*map(self._displaced, args), **{name: self._displaced(value) for name, value in kwargs.items()})
+        get, given = self.positions.get, []
+        for argument in args:  # as _displaced does, in the loop that every function of a pass goes through
+            position = get(id(argument))
+            if position is not None:
+                self.seen.add(position)
+                given.append(self.value(position))
+            else:
+                given.append(self._displaced(argument) if type(argument) in _CONTAINERS else argument)
+        if not kwargs:
+            return func(*given)
+        return func(*given, **{name: self._displaced(value) for name, value in kwargs.items()})
 
     def _displaced(self, argument: Any) -> Any:
         position = self.positions.get(id(argument))
@@ -165,6 +174,7 @@ class DisplacedWeights(TorchFunctionMode):
         return argument
 
 
+_CONTAINERS = {list, tuple, dict}
 _ATTRIBUTES = (
     *(
         "shape",
@@ -201,9 +211,10 @@ def writes(func: Callable[..., Any]) -> bool:
 
 
 class Recent:
-    """Values of weights that are computed when they are asked for; the latest are kept, no more than the largest one.
+    """Values of weights that are computed when they are asked for; the latest are kept, in little memory.
 
-    A weight that is used at each step of a sequence is then computed once, and memory is that of one tensor.
+    Of large weights only one is, so that memory is that of the largest; of small ones, such as biases, an eighth of
+    that. A weight that is used again before another large one, as in a recurrence, is then computed once.
 
     Args:
         weights: that the values are of.
@@ -213,15 +224,17 @@ class Recent:
     def __init__(self, weights: Sequence[Tensor], compute: Value) -> None:
         self.compute = compute
         self.sizes = [w.numel() * w.element_size() for w in weights]
-        self._kept: OrderedDict[int, Tensor] = OrderedDict()
+        self.small = max(self.sizes) / 8
+        self._kept: dict[int, Tensor] = {}  # from the oldest to the latest
 
     def __call__(self, position: int) -> Tensor:
         """The value of one weight."""
-        if position in self._kept:
-            self._kept.move_to_end(position)
-            return self._kept[position]
-        room = max(self.sizes) - self.sizes[position]
-        while sum(self.sizes[k] for k in self._kept) > room:
-            self._kept.popitem(last=False)
-        value = self._kept[position] = self.compute(position)
+        value = self._kept.pop(position, None)
+        if value is None:
+            large = self.sizes[position] > self.small
+            alike = [k for k in self._kept if (self.sizes[k] > self.small) is large]
+            while alike and (large or sum(self.sizes[k] for k in (*alike, position)) > self.small):
+                del self._kept[alike.pop(0)]
+            value = self.compute(position)
+        self._kept[position] = value
         return value

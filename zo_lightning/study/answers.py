@@ -35,6 +35,7 @@ def final_table(results: Results) -> pd.DataFrame:
                 else f"{mean_interval(difference, bounds=(-1, 1)):+.4f}",
                 "validation loss": f"{mean_interval(own['val_loss'], bounds=(0, np.inf)):.3f}",
                 "forward passes": _range(own["forward_passes"]),
+                "TFLOP": f"{own['flops'].mean() / 1e12:.3g}" if own["flops"].notna().all() else "–",
                 "s / epoch": f"{own['epoch_seconds'].median():.2f}",
             }
             if results.published is not None:

@@ -22,6 +22,7 @@ _METRICS = {
     "val/loss": "val_loss",
     "val/acc": "val_accuracy",
     "epoch/forward_passes": "forward_passes",
+    "epoch/flops": "flops",
     "epoch/seconds": "epoch_seconds",
 }
 COLUMNS = ("method", "net", "scale", "d", "seed", "epoch", *_METRICS.values(), "seconds")
@@ -35,7 +36,8 @@ class Results:
         study: its declaration.
         folder: of the study.
         table: one row per finished cell and epoch, with `COLUMNS`. ``epoch`` counts from 1, ``d`` is the number of
-            weights, ``forward_passes`` (of a batch) and ``seconds`` (of training steps) add up from the beginning.
+            weights, ``forward_passes`` (of a batch), ``flops`` (floating-point operations, NaN where a run has not
+            counted them) and ``seconds`` (of training steps) add up from the beginning.
         missing: cells without a run, and why.
         published: the published numbers, or None where the study's data are others.
     """

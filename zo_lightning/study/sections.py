@@ -38,6 +38,7 @@ def sections_of(results: Results, similar: pd.DataFrame) -> list[Section]:
     """All questions that the runs' folders answer; ``similar`` is the table of ``weights.similarity``."""
     ref, seed = results.study.reference, results.cells[0].seed
     curve = partial(figures.learning_curves, results)
+    cost = "flops" if results.table["flops"].notna().all() else "forward_passes"
     published = ", published means dotted" if results.published is not None else ""
     over = f"Mean ± standard deviation over seeds{published}."
     return [
@@ -114,17 +115,19 @@ def sections_of(results: Results, similar: pd.DataFrame) -> list[Section]:
         Section(
             "budget",
             "8. Against what it costs",
-            "A forward and backward pass counts as three forward passes.",
+            "Floating-point operations are counted in the steps themselves, all that they multiply."
+            if cost == "flops"
+            else "A forward and backward pass counts as three forward passes.",
             [
                 Drawing(
                     f"{quantity}_by_{against}",
                     partial(curve, quantity, against),
                     f"{figures.LABELS[quantity].capitalize()} against {figures.LABELS[against]}. "
                     "Mean ± standard deviation over seeds.",
-                    key=(quantity, against) == ("val_accuracy", "forward_passes"),
+                    key=(quantity, against) == ("val_accuracy", cost),
                 )
                 for quantity in ("val_accuracy", "val_loss")
-                for against in ("forward_passes", "seconds")
+                for against in (cost, "seconds")
             ],
         ),
     ]

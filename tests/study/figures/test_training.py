@@ -14,7 +14,7 @@ def drawn(results: Results, with_published: bool) -> Iterator[Figure]:
     if with_published:
         results = Results(results.study, results.folder, results.table, {}, published())
     for quantity in ("val_accuracy", "train_loss", "val_loss"):
-        for against in ("epoch", "forward_passes", "seconds"):
+        for against in ("epoch", "forward_passes", "flops", "seconds"):
             yield figures.learning_curves(results, quantity, against)
     for draw in ("loss_ratios", "slowdown", "slowdown_exponent", "final_accuracy", "epoch_time"):
         yield getattr(figures, draw)(results)

@@ -31,6 +31,7 @@ LABELS = {
     "val_accuracy": "validation accuracy",
     "epoch": "epoch",
     "forward_passes": "forward passes of a batch (backward = 2)",
+    "flops": "floating-point operations of training steps",
     "seconds": "seconds of training steps",
 }
 
