@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from zo_lightning.estimators.per_example.feedback import Feedback, Shrinkage
+from zo_lightning.estimators.per_example.feedback import MANY, Feedback, Shrinkage
 
 B, C = 16, 3
 
@@ -16,12 +16,26 @@ def test_learns_the_jacobian_that_explains_the_responses() -> None:
     for _ in range(200):
         moved = {"a": torch.randn(B, 12).sign(), "b": torch.randn(B, 2).sign()}
         response = sum((x @ jacobians[key] for key, x in moved.items()), torch.zeros(B, C))
-        feedback.learn(moved, response, rate=0.5)
+        feedback.learn(moved, response, torch.zeros(B, C), rate=0.5)
     error = torch.randn(B, C)
     for key, like in (("a", torch.zeros(B, 12)), ("b", torch.zeros(B, 2))):
         h = feedback.predict(key, error, like, None)
         assert h is not None and h.shape == like.shape
         assert torch.allclose(h, error @ jacobians[key].T, atol=1e-3)
+
+
+def test_of_many_outputs_those_with_the_largest_errors_are_used_and_taught() -> None:
+    torch.manual_seed(0)
+    feedback, classes = Feedback(), 2 * MANY
+    jacobian = torch.randn(12, classes)
+    for _ in range(3000):
+        moved, error = torch.randn(B, 12).sign(), torch.zeros(B, classes)
+        error.scatter_(1, torch.randint(classes, (B, 1)), -1.0)  # a confident softmax: one class is wrong
+        feedback.learn({"a": moved}, moved @ jacobian, error, rate=0.5)
+    error = torch.zeros(B, classes).scatter_(1, torch.randint(classes, (B, 8)), 1.0)
+    h = feedback.predict("a", error, torch.zeros(B, 12), None, feedback.used(error))
+    assert h is not None and torch.allclose(h, error @ jacobian.T, atol=1e-3)
+    assert feedback.used(torch.zeros(B, MANY - 1)) is None
 
 
 @pytest.mark.parametrize("width", [4, 100])
@@ -30,7 +44,7 @@ def test_is_stable_for_rates_below_two_whatever_the_displacements(width: int) ->
     torch.manual_seed(0)
     feedback, x = Feedback(), torch.ones(B, width)
     for _ in range(100):
-        feedback.learn({"a": x}, torch.ones(B, C), rate=1.9)
+        feedback.learn({"a": x}, torch.ones(B, C), torch.ones(B, C), rate=1.9)
     h = feedback.predict("a", torch.ones(1, C), torch.zeros(1, width), None)
     assert h is not None and h.sum().item() == pytest.approx(C, rel=1e-4)  # every logit is explained
 
@@ -38,7 +52,7 @@ def test_is_stable_for_rates_below_two_whatever_the_displacements(width: int) ->
 def test_predicts_nothing_before_it_has_learned_or_for_another_size() -> None:
     feedback, error = Feedback(), torch.ones(B, C)
     assert feedback.predict("a", error, torch.zeros(B, 4), None) is None
-    feedback.learn({"a": torch.ones(B, 4)}, torch.ones(B, C), 0.5)
+    feedback.learn({"a": torch.ones(B, 4)}, torch.ones(B, C), torch.ones(B, C), 0.5)
     assert feedback.predict("a", error, torch.zeros(B, 5), None) is None
     mask = torch.tensor([0.0, 1.0, 0.0, 1.0]).expand(B, 4)
     h = feedback.predict("a", error, torch.zeros(B, 4), mask)
@@ -47,7 +61,7 @@ def test_predicts_nothing_before_it_has_learned_or_for_another_size() -> None:
 
 def test_no_displacement_teaches_nothing() -> None:
     feedback = Feedback()
-    feedback.learn({"a": torch.zeros(B, 4)}, torch.zeros(B, C), 0.5)
+    feedback.learn({"a": torch.zeros(B, 4)}, torch.zeros(B, C), torch.zeros(B, C), 0.5)
     assert torch.equal(feedback.maps["a"], torch.zeros(C, 4))
 
 
@@ -91,6 +105,6 @@ def test_states_come_back() -> None:
     again.load_state_dict(copy.deepcopy(shrinkage.state_dict()))
     assert shrinkage.measure("a", [torch.ones(4)]) == again.measure("a", [torch.ones(4)]) == 1.0
     feedback, restored = Feedback(), Feedback()
-    feedback.learn({"a": torch.ones(B, 4)}, torch.ones(B, C), 0.5)
+    feedback.learn({"a": torch.ones(B, 4)}, torch.ones(B, C), torch.ones(B, C), 0.5)
     restored.load_state_dict(feedback.state_dict())
     assert torch.equal(restored.maps["a"], feedback.maps["a"])

@@ -249,12 +249,13 @@ class PerExample(GradientEstimator):
                 use.release()
             outputs += output
         error = self._error(objective, outputs, state, seed) if self.feedback and state.net is not None else None
+        largest = None if error is None else state.feedback.used(error)
         layers = [Seen(key, one, uses, noise, len(losses[0])) for key, one in state.layers.items() if key in seen]
         for layer in layers:
             if error is not None and layer.key == state.last:
                 layer.h = error.to(layer.use.output.dtype)
             else:
-                layer.predict(state.feedback, error)
+                layer.predict(state.feedback, error, largest)
         slope = self._difference(losses) / len(losses[0])
         mean_slope = float(slope.sum())
         trusts = [self._trust(layer, state) for layer in layers]
@@ -271,7 +272,7 @@ class PerExample(GradientEstimator):
         _add(grads, shared.gradients(mean_slope))
         if error is not None:
             displaced = {one.key: one.delta for one in layers if one.delta is not None}
-            state.feedback.learn(displaced, self._difference(outputs), self.feedback)
+            state.feedback.learn(displaced, self._difference(outputs), error, self.feedback)
         return torch.stack(losses).mean()
 
     def _check_uses(self, watched: DisplacedOutputs, state: PerExampleState, examples: int) -> None:

@@ -6,9 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 SHARE = 2
 """One example in so many teaches the maps, which costs as much less."""
+
+MANY = 32
+"""Outputs from which on the maps are used, and taught, for the largest errors alone."""
+
+_USED = 8  # of these, by one example
+_TAUGHT = 16  # of these, in one step
 
 
 class Feedback:
@@ -26,6 +33,10 @@ class Feedback:
     perturbations: Lansdell, Prakash & Kording, *Learning to solve the credit assignment problem*, 2020. Feedback
     straight from the output: Nøkland, *Direct feedback alignment*, 2016.
 
+    A net with a thousand outputs must not cost a hundred times as much as one with ten. From ``MANY`` outputs on,
+    ``h`` is the sum over the eight largest errors of each example, which for a softmax are nearly all of it, and a step
+    teaches the rows of the sixteen outputs with the largest errors in the batch.
+
     Attributes:
         maps: ``Bᵀ`` by layer, [C, numbers of one example that the loss sees], float32 or wider.
     """
@@ -33,33 +44,60 @@ class Feedback:
     def __init__(self) -> None:
         self.maps: dict[str, Tensor] = {}
 
-    def predict(self, key: str, error: Tensor, like: Tensor, positive: Tensor | None) -> Tensor | None:
-        """``h`` like ``like`` [B, n] of a layer; None before anything was learned, or at another size."""
+    def predict(
+        self, key: str, error: Tensor, like: Tensor, positive: Tensor | None, largest: Tensor | None = None
+    ) -> Tensor | None:
+        """``h`` like ``like`` [B, n] of a layer; None before anything was learned, or at another size.
+
+        Args:
+            key: of the layer.
+            error: ``e`` [B, C].
+            like: the displacement of what the loss sees of the layer.
+            positive: where that is not hidden by a ReLU.
+            largest: from ``used``.
+        """
         weight = self.maps.get(key)
         if weight is not None and weight.device != error.device:  # of a checkpoint, which was loaded to the CPU
             weight = self.maps[key] = weight.to(error.device)
         if weight is None or weight.shape != (error.shape[1], like.shape[1]):
             return None
-        h = (error.to(weight.dtype) @ weight).to(like.dtype)
+        error = error.to(weight.dtype)
+        if largest is None:
+            h = error @ weight
+        else:
+            h = F.embedding_bag(largest, weight, mode="sum", per_sample_weights=error.gather(1, largest))
+        h = h.to(like.dtype)
         return h if positive is None else h.mul_(positive.view(h.shape))
 
-    def learn(self, displacements: Mapping[str, Tensor], response: Tensor, rate: float) -> None:
-        """Take one step from a batch: each layer's ``m ∘ δ`` [B, n], and ``y`` [B, C]."""
-        response = response[: -(-len(response) // SHARE)]
-        inputs = {key: moved[: len(response)].to(response.dtype) for key, moved in displacements.items()}
+    def used(self, error: Tensor) -> Tensor | None:
+        """The outputs [B, 8] with the largest errors of each example, if there are so many that it pays."""
+        return error.abs().topk(_USED, 1).indices if error.shape[1] >= MANY else None
+
+    def learn(self, displacements: Mapping[str, Tensor], response: Tensor, error: Tensor, rate: float) -> None:
+        """Take one step from a batch: each layer's ``m ∘ δ`` [B, n], and ``y`` and ``e`` [B, C]."""
+        rows = -(-len(response) // SHARE)
+        classes = response.shape[1]
+        taught = error.abs().sum(0).topk(_TAUGHT).indices if classes >= MANY else None
+        inputs = {key: moved[:rows].to(response.dtype) for key, moved in displacements.items()}
         for key, x in inputs.items():
-            if key not in self.maps or self.maps[key].shape != (response.shape[1], x.shape[1]):
-                self.maps[key] = response.new_zeros(response.shape[1], x.shape[1])
+            if key not in self.maps or self.maps[key].shape != (classes, x.shape[1]):
+                self.maps[key] = response.new_zeros(classes, x.shape[1])
+        maps = {key: self.maps[key] if taught is None else self.maps[key][taught] for key in inputs}
+        response = response[:rows] if taught is None else response[:rows, taught]
         unexplained = response.nan_to_num(0.0, 0.0, 0.0)  # an output may be −inf for good, such as a masked choice
         for key, x in inputs.items():
-            torch.addmm(unexplained, x, self.maps[key].T, alpha=-1, out=unexplained)
+            torch.addmm(unexplained, x, maps[key].T, alpha=-1, out=unexplained)
         steps = {key: unexplained.T @ x for key, x in inputs.items()}
         tiny = torch.finfo(response.dtype).tiny
-        alpha = sum(float(torch.linalg.vector_norm(x)) ** 2 for x in inputs.values()) / len(response)
+        alpha = sum(float(torch.linalg.vector_norm(x)) ** 2 for x in inputs.values()) / rows
         along = sum(float(torch.linalg.vector_norm(step)) ** 2 for step in steps.values())
         along /= float(torch.linalg.vector_norm(unexplained)) ** 2 + tiny
+        size = rate / (alpha + along + tiny)
         for key, step in steps.items():
-            self.maps[key].add_(step, alpha=rate / (alpha + along + tiny))
+            if taught is None:
+                self.maps[key].add_(step, alpha=size)
+            else:
+                self.maps[key].index_add_(0, taught, step, alpha=size)
 
     def state_dict(self) -> dict[str, Any]:
         """The maps."""

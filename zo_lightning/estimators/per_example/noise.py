@@ -107,10 +107,10 @@ class Seen:
         self.delta = None if delta is None else self.gate.visible(delta).reshape(examples, -1)
         self.h: Tensor | None = None
 
-    def predict(self, feedback: Feedback, error: Tensor | None) -> None:
+    def predict(self, feedback: Feedback, error: Tensor | None, largest: Tensor | None) -> None:
         """Predict ``h`` from the gradient of the mean loss by the net's output."""
         if error is not None and self.delta is not None:
-            self.h = feedback.predict(self.key, error, self.delta, self.gate.positive)
+            self.h = feedback.predict(self.key, error, self.delta, self.gate.positive, largest)
 
     def predicted_slope(self) -> Tensor | float:
         """The slopes [B] that ``h`` implies along the displacement."""
