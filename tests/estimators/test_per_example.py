@@ -1,6 +1,7 @@
 import logging
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -66,6 +67,13 @@ class Opaque(nn.Module):
 
 class Functions(nn.Module):
     """Functions without a rule of their own, on weights and on what is computed from weights."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+    slope: Tensor
+    token: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -379,7 +387,7 @@ def test_outputs_that_are_not_of_examples_are_refused_when_it_shows() -> None:
         estimator.backward(lambda: loss(3), net, 1, state)
     state = estimator.init(net)
     for n in (3, B):
-        estimator.backward(lambda n=n: loss(n), net, n, state)
+        estimator.backward(partial(loss, n), net, n, state)
 
 
 def test_a_layer_that_sees_nothing_at_first_gets_its_scale_later() -> None:

@@ -1,6 +1,8 @@
 """Every rule, and the generic one: ``weight_vjp`` is the gradient of the weights, ``weight_jvp`` its adjoint."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zo_lightning.perturbed.affine import Affine, BatchNormalization
-from zo_lightning.perturbed.layers import Convolution
-from zo_lightning.perturbed.rules import COMPOSITES, RULES, Operation, noise_sizes, operation, register_rule, weigh
+from zo_lightning.perturbed.rules import COMPOSITES, RULES, Operation, noise_sizes, operation, weigh
 
 B = 3
 
@@ -134,28 +135,26 @@ def test_examples_that_act_on_each_other_are_found(function: Callable[..., Tenso
     assert not Operation(function, args, {}).is_by_example(function(*args).detach(), B)
 
 
-def test_a_rule_from_outside_takes_a_functions_calls() -> None:
-    class Transposed(Convolution):
-        def bind(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1) -> None:
-            self.take(input, weight, bias)
-            self.stride = stride
-
-        def _weight_vjp(self, delta: Tensor) -> Tensor:
-            # The gradient of a convolution's filters from delta to x, with the roles of input and output exchanged.
-            return torch.nn.grad.conv2d_weight(delta, self.weights[0].shape, self.x, self.stride)
-
+def test_the_rule_from_the_documentation() -> None:
+    """It is what a user writes, outside of the package and in 15 lines at most."""
+    text = (Path(__file__).parents[2] / "docs" / "estimators.md").read_text(encoding="utf-8")
+    (rule,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "@register_rule" in code]
+    assert len(rule.split("import Operation, register_rule\n\n")[1].splitlines()) <= 15
     function, args, kwargs = GENERIC["conv_transpose2d"]
-    expected = operation(function, args, kwargs).weight_vjp(delta := tensor(*output("conv_transpose2d").shape))
+    delta = tensor(*output("conv_transpose2d").shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RULES, F.conv_transpose2d, Operation)  # to be put back
-        register_rule(F.conv_transpose2d)(Transposed)
+        patch.setitem(RULES, function, Operation)  # so that leaving puts the registry back
+        names: dict[str, Any] = {"torch": torch, "F": F}
+        exec(rule, names)
         found = operation(function, args, kwargs)
-        assert type(found) is Transposed
-        for actual, gradient in zip(found.weight_vjp(delta), expected, strict=True):
-            assert torch.allclose(actual, gradient)
-        # A call that the rule does not cover is generic.
-        assert type(operation(function, args, {"output_padding": 1})) is Operation
-    RULES.pop(F.conv_transpose2d, None)
+        assert type(found) is names["ConvTranspose2d"]
+        assert type(operation(function, args, {"output_padding": 1})) is Operation, "which the rule does not cover"
+        expected = Operation(function, args, kwargs)
+        for one, another in zip(found.weight_vjp(delta), expected.weight_vjp(delta), strict=True):
+            assert torch.allclose(one, another)
+        noise = [(tensor(B, w.numel()),) for w in found.weights]
+        assert torch.allclose(found.weight_jvp(noise), expected.weight_jvp(noise)), "which the rule leaves generic"
+    assert function not in RULES
 
 
 def test_small_weights_have_independent_noise_and_large_ones_outer_products() -> None:
