@@ -88,7 +88,7 @@ def test_shrinkage_does_not_take_noise_for_bias() -> None:
     # <c, c̄> has standard deviation 4/√(6 · 1000) = 0.05, and 0.01 in the mean, of which two are taken away: with 4 such
     # standard deviations left λ would be 0.02 / 4.
     assert trust(0.0, 2.0, 600) <= 0.005
-    assert trust(1.0, 2.0, 1) == 0.0, "one step says nothing"
+    assert trust(1.0, 0.0, Shrinkage.LEAST) == 0.0, "the scatter of few steps says nothing"
 
 
 def test_shrinkage_begins_anew_for_a_layer_of_another_size() -> None:
@@ -101,7 +101,8 @@ def test_shrinkage_begins_anew_for_a_layer_of_another_size() -> None:
 
 def test_states_come_back() -> None:
     shrinkage, again = Shrinkage(), Shrinkage()
-    shrinkage.measure("a", [torch.ones(4)])
+    for _ in range(Shrinkage.LEAST):
+        shrinkage.measure("a", [torch.ones(4)])
     again.load_state_dict(copy.deepcopy(shrinkage.state_dict()))
     assert shrinkage.measure("a", [torch.ones(4)]) == again.measure("a", [torch.ones(4)]) == 1.0
     feedback, restored = Feedback(), Feedback()

@@ -118,6 +118,7 @@ class Shrinkage:
     """
 
     EVERY = 50
+    LEAST = 8  # steps that are measured before their scatter says something
     RATE = 0.05  # of the running means, a measured step
     MEMORY = 0.3  # of c̄
 
@@ -130,7 +131,7 @@ class Shrinkage:
         steps, along, squared, power = self.moments.get(key, (0, 0.0, 0.0, 0.0))
         rate = self._rate(steps - 1)
         error = math.sqrt(max(squared - along**2, 0.0) * rate / (2 - rate))  # of an exponential mean
-        return min(max(along - 2 * error, 0.0) / power, 1.0) if steps > 1 and power else 0.0
+        return min(max(along - 2 * error, 0.0) / power, 1.0) if steps > self.LEAST and power else 0.0
 
     def measure(self, key: str, correction: list[Tensor]) -> float:
         """Take in one step's correction, one tensor for each weight of a layer; returns ``λ``."""
