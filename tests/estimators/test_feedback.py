@@ -32,7 +32,7 @@ def test_of_many_outputs_those_with_the_largest_errors_are_used_and_taught() -> 
         moved, error = torch.randn(B, 12).sign(), torch.zeros(B, classes)
         error.scatter_(1, torch.randint(classes, (B, 1)), -1.0)  # a confident softmax: one class is wrong
         feedback.learn({"a": moved}, moved @ jacobian, error, rate=0.5)
-    error = torch.zeros(B, classes).scatter_(1, torch.randint(classes, (B, 8)), 1.0)
+    error = torch.zeros(B, classes).scatter_(1, torch.randint(classes, (B, 32)), 1.0)
     h = feedback.predict("a", error, torch.zeros(B, 12), None, feedback.used(error))
     assert h is not None and torch.allclose(h, error @ jacobian.T, atol=1e-3)
     assert feedback.used(torch.zeros(B, MANY - 1)) is None

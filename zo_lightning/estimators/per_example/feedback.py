@@ -14,7 +14,7 @@ SHARE = 2
 MANY = 32
 """Outputs from which on the maps are used, and taught, for the largest errors alone."""
 
-_USED = 8  # of these, by one example
+_USED = 32  # of these, by one example
 _TAUGHT = 16  # of these, in one step
 
 
@@ -34,7 +34,7 @@ class Feedback:
     straight from the output: Nøkland, *Direct feedback alignment*, 2016.
 
     A net with a thousand outputs must not cost a hundred times as much as one with ten. From ``MANY`` outputs on,
-    ``h`` is the sum over the eight largest errors of each example, which for a softmax are nearly all of it, and a step
+    ``h`` is the sum over the 32 largest errors of each example, which for a softmax are nearly all of it, and a step
     teaches the rows of the sixteen outputs with the largest errors in the batch.
 
     Attributes:
@@ -70,7 +70,7 @@ class Feedback:
         return h if positive is None else h.mul_(positive.view(h.shape))
 
     def used(self, error: Tensor) -> Tensor | None:
-        """The outputs [B, 8] with the largest errors of each example, if there are so many that it pays."""
+        """The outputs [B, 32] with the largest errors of each example, if there are so many that it pays."""
         return error.abs().topk(_USED, 1).indices if error.shape[1] >= MANY else None
 
     def learn(self, displacements: Mapping[str, Tensor], response: Tensor, error: Tensor, rate: float) -> None:
