@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zo_lightning.callbacks.gradient_free import GradientFree
     from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere
     from zo_lightning.estimators import (
         ActivationPerturbation,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from zo_lightning.stencils import CentralDifference, ForwardDifference, Stencil
 
 _HOMES = {
+    "callbacks.gradient_free": ("GradientFree",),
     "directions": ("Coordinate", "Directions", "Gaussian", "LowRank", "Rademacher", "Sphere"),
     "estimators": (
         "ActivationPerturbation",
@@ -60,6 +62,7 @@ __all__ = [
     "ForwardGradient",
     "Gaussian",
     "GradientEstimator",
+    "GradientFree",
     "LowRank",
     "NonFiniteLoss",
     "NormalizedSGD",
