@@ -14,41 +14,13 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from zo_lightning.callbacks.weight_similarity import check_reference
-from zo_lightning.cli_errors import UserError, explain_parsing, innermost
+from zo_lightning.cli_errors import UserError, innermost
+from zo_lightning.cli_parser import ENVIRONMENT, Parser, SaveConfig, defaults, num_classes, switched_classes_start_anew
 from zo_lightning.data import InMemoryDataModule
 from zo_lightning.measures import mismatch
 from zo_lightning.modules import Classifier, TrainingDiverged
 from zo_lightning.study.command import COMMANDS, report, study
 from zo_lightning.study.folder import FINISHED
-
-DEFAULT = Path(__file__).with_name("default.yaml")
-
-
-class Parser(LightningArgumentParser):
-    """A parser that raises ``UserError`` where others print their usage and exit."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise what argparse would print."""
-        raise UserError(explain_parsing(message, self)) from ex
-
-    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Parse a configuration; of several, an error names the one."""
-        try:
-            return super().parse_path(cfg_path, *args, **kwargs)
-        except UserError as error:
-            raise UserError(f"{cfg_path}: {error}") from error
-
-
-class SaveConfig(SaveConfigCallback):
-    """Saves the configuration beside the run's curves, and nowhere where no logger makes such a folder."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save without ``ckpt_path``: it says where this run came from, not what it is."""
-        if trainer.logger is None:
-            return
-        self.config = self.config.clone()
-        self.config.pop("ckpt_path", None)
-        super().setup(trainer, pl_module, stage)
 
 
 class CLI(LightningCLI):
@@ -58,7 +30,7 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None) -> None:
-        environment = {"default_env": True, "env_prefix": "ZO_LIGHTNING"}
+        environment = {"default_env": True, "env_prefix": ENVIRONMENT}
         by_subcommand = {name: dict(environment) for name in self.subcommands()}
         super().__init__(
             Classifier,
@@ -81,18 +53,19 @@ class CLI(LightningCLI):
         """Add a checkpoint and a progress bar that every run has, and the link from the data's classes to the model."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(TQDMProgressBar, "progress_bar")
-        parser.set_defaults(_defaults())
+        parser.set_defaults(defaults(False))
         parser.add_argument(
             "--reference",
             type=str | None,
             default=None,
             help="Folder of another run, for all callbacks that compare with one and were not given their own.",
         )
-        parser.link_arguments("data", "model.num_classes", compute_fn=_num_classes, apply_on="instantiate")
+        parser.link_arguments("data", "model.num_classes", compute_fn=num_classes, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and read the checkpoint where one is named."""
-        super().parse_arguments(parser, args)
+        with switched_classes_start_anew():
+            super().parse_arguments(parser, args)
         options = self.config.get(self.config.get("subcommand"), {})
         self.checkpoint = _read_checkpoint(options.get("ckpt_path"))
 
@@ -183,21 +156,6 @@ def _others() -> str:
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip: For seamless" not in record.getMessage()
-
-
-def _defaults() -> dict[str, Any]:
-    """The embedded default, by option; jsonargparse's own default files cannot replace the default of a callable."""
-    options: dict[str, Any] = {}
-    for section, values in yaml.safe_load(DEFAULT.read_text(encoding="utf-8")).items():
-        if isinstance(values, dict) and "class_path" not in values:
-            options |= {f"{section}.{name}": value for name, value in values.items()}
-        else:
-            options[section] = values
-    return options
-
-
-def _num_classes(data: LightningDataModule) -> int:
-    return getattr(data, "num_classes", 10)
 
 
 def _set_reference(trainer: Trainer, reference: str) -> None:
