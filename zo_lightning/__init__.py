@@ -19,7 +19,14 @@ if TYPE_CHECKING:
         ZerothOrder,
     )
     from zo_lightning.evaluation import Evaluation, OneByOne
-    from zo_lightning.modules import AutomaticClassifier, Classifier, EstimatedGradient, TrainingDiverged
+    from zo_lightning.modules import (
+        AutomaticClassifier,
+        AutomaticRegressor,
+        Classifier,
+        EstimatedGradient,
+        Regressor,
+        TrainingDiverged,
+    )
     from zo_lightning.nets import ScalableCNN, SmallCNN
     from zo_lightning.objective import NonFiniteLoss, Objective
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
@@ -38,7 +45,14 @@ _HOMES = {
         "ZerothOrder",
     ),
     "evaluation": ("Evaluation", "OneByOne"),
-    "modules": ("AutomaticClassifier", "Classifier", "EstimatedGradient", "TrainingDiverged"),
+    "modules": (
+        "AutomaticClassifier",
+        "AutomaticRegressor",
+        "Classifier",
+        "EstimatedGradient",
+        "Regressor",
+        "TrainingDiverged",
+    ),
     "nets": ("ScalableCNN", "SmallCNN"),
     "objective": ("NonFiniteLoss", "Objective"),
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
@@ -50,6 +64,7 @@ __all__ = [
     "ActivationPerturbation",
     "AdaMM",
     "AutomaticClassifier",
+    "AutomaticRegressor",
     "Backprop",
     "CentralDifference",
     "Classifier",
@@ -70,6 +85,7 @@ __all__ = [
     "OneByOne",
     "PerExample",
     "Rademacher",
+    "Regressor",
     "ScalableCNN",
     "SignSGD",
     "SmallCNN",

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -68,7 +69,7 @@ def num_classes(data: LightningDataModule | None) -> int:
 def names_model(words: Sequence[str]) -> bool:
     """Whether a command line says which LightningModule to train, itself or in a configuration."""
     files = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
         if option == "--model" or option in ("--model.class_path", "--model.help"):
             return True
