@@ -26,10 +26,11 @@ from zo_lightning.cli_parser import (
     ENVIRONMENT,
     Parser,
     SaveConfig,
+    as_users_expect,
+    check_no_classifier,
     defaults,
     names_model,
     num_classes,
-    switched_classes_start_anew,
 )
 from zo_lightning.data import InMemoryDataModule
 from zo_lightning.estimators import GradientEstimator
@@ -50,7 +51,10 @@ class CLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         environment = {"default_env": True, "env_prefix": ENVIRONMENT}
         by_subcommand = {name: dict(environment) for name in self.subcommands()}
-        self.foreign = names_model(sys.argv[1:] if args is None else args)
+        words = sys.argv[1:] if args is None else args
+        self.foreign = names_model(words)
+        if self.foreign:
+            check_no_classifier(words)
         super().__init__(
             LightningModule if self.foreign else Classifier,
             None if self.foreign else LightningDataModule,  # which a foreign module may have in itself
@@ -107,7 +111,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and read the checkpoint where one is named."""
-        with switched_classes_start_anew():
+        with as_users_expect():
             super().parse_arguments(parser, args)
         options = self.config.get(self.config.get("subcommand"), {})
         if options.get("ckpt_path") is not None and options.get("init_from") is not None:
@@ -188,7 +192,8 @@ class CLI(LightningCLI):
                 raise UserError(f"{name} has an estimator of its own: give --model.estimator in place of --estimator")
             return []
         given = given if isinstance(given, list) else [given]
-        return [] if any(isinstance(one, GradientFree) for one in given) else [GradientFree(estimator)]
+        driven = self.subcommand != "fit" or any(isinstance(one, GradientFree) for one in given)
+        return [] if driven else [GradientFree(estimator)]
 
     def after_fit(self) -> None:
         """Say what came out, and where to look at it."""

@@ -68,23 +68,41 @@ def num_classes(data: LightningDataModule | None) -> int:
 
 def names_model(words: Sequence[str]) -> bool:
     """Whether a command line says which LightningModule to train, itself or in a configuration."""
-    files = []
-    for word, following in zip_longest(words, words[1:], fillvalue=""):
-        option, equals, value = word.partition("=")
-        if option == "--model" or option in ("--model.class_path", "--model.help"):
-            return True
-        if option in ("-c", "--config"):
-            files.append(value if equals else following)
+    options = ("--model", "--model.class_path", "--model.help")
     variables = (f"{ENVIRONMENT}_{command.upper()}__MODEL" for command in words[:1])
-    return any(name in os.environ for name in variables) or any(map(_file_names_model, files))
+    return (
+        any(word.partition("=")[0] in options for word in words)
+        or any(name in os.environ for name in variables)
+        or any(map(_names_model, _files(words)))
+    )
 
 
-def _file_names_model(path: str) -> bool:
-    try:
-        model = yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("model")
-    except (OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError):  # the parser says what is wrong
-        return False
+def check_no_classifier(words: Sequence[str]) -> None:
+    """Raise UserError where one file has settings of the Classifier and another, or an option, names a model."""
+    for path in _files(words):
+        model = _model_of(path)
+        if isinstance(model, dict) and "class_path" not in model and {"net", "estimator", "optimizer"} & set(model):
+            raise UserError(
+                f"{path} sets the Classifier's {', '.join(model)}, and another model is named: give that one's "
+                "settings, and --estimator, --optimizer and --lr_scheduler beside it"
+            )
+
+
+def _files(words: Sequence[str]) -> list[str]:
+    pairs = zip_longest(words, words[1:], fillvalue="")
+    return [word.partition("=")[2] or then for word, then in pairs if word.partition("=")[0] in ("-c", "--config")]
+
+
+def _names_model(path: str) -> bool:
+    model = _model_of(path)
     return isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)
+
+
+def _model_of(path: str) -> Any:
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("model")
+    except (OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError):  # the parser says what is wrong
+        return None
 
 
 def defaults(foreign: bool) -> dict[str, Any]:
@@ -104,14 +122,30 @@ def defaults(foreign: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def switched_classes_start_anew() -> Iterator[None]:
-    """While parsing, a class that replaces another inherits none of its options.
+def as_users_expect() -> Iterator[None]:
+    """While parsing: a class that replaces another inherits none of its options, and every scheduler has a short name.
 
-    jsonargparse keeps those that the new class happens to accept too: ``PerExample`` would take the samples and the mu
-    that were meant for ``ZerothOrder``. It has no setting for that.
+    jsonargparse keeps options that the new class happens to accept too: ``PerExample`` would take the samples and the
+    mu that were meant for ``ZerothOrder``. It has no setting for that, nor for a name that two classes have.
     """
-    with patch.object(_typehints, "discard_init_args_on_class_path_change", _discard):
+    resolve = _typehints.resolve_class_path_by_name
+
+    def resolve_schedules(cls: Any, name: str) -> str:
+        return _SCHEDULES.get(name.removeprefix("torch.optim.lr_scheduler."), "") or resolve(cls, name)
+
+    with (
+        patch.object(_typehints, "discard_init_args_on_class_path_change", _discard),
+        patch.object(_typehints, "resolve_class_path_by_name", resolve_schedules),
+    ):
         yield
+
+
+# Schedulers that torch's classes of the same name cannot make from an optimizer alone, and nothing else.
+_SCHEDULES = {
+    "ReduceLROnPlateau": "pytorch_lightning.cli.ReduceLROnPlateau",
+    "SequentialLR": "zo_lightning.optim.schedules.SequentialLR",
+    "ChainedScheduler": "zo_lightning.optim.schedules.ChainedScheduler",
+}
 
 
 def _discard(parser_or_action: Any, before: Any, after: Any) -> None:

@@ -96,13 +96,13 @@ class GradientFree(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the estimator in the place of the module object's ``training_step`` and ``backward``."""
+        if self._module() is not pl_module:
+            self._forget(self.estimator.init(pl_module))
+            self._module = weakref.ref(pl_module)
         if stage != "fit":
             return
         self._check(trainer, pl_module)
         self._restore(pl_module)  # after a run that was killed
-        if self._module() is not pl_module:
-            self._forget(self.estimator.init(pl_module))
-            self._module = weakref.ref(pl_module)
         training_step, backward = pl_module.training_step, pl_module.backward
 
         @wraps(training_step)  # Lightning reads the signature to know what to pass
