@@ -40,7 +40,11 @@ def explain_parsing(message: str, parser: ArgumentParser) -> str:
     if name := _find(r"Expected a dot import path string: (\S+)", message):
         return _unknown_class(key, name)
     if name := _find(r"Problem with given class_path '([^']+)'", message):
-        return f"{key}: cannot import '{name}': {message.splitlines()[-1].strip()}"
+        reason = _find(r"Problem with given class_path '[^']+':\s*\n\s*(.+)$", message)
+        return f"{key}: cannot import '{name}': {reason or message.splitlines()[-1].strip()}"
+    if key and (missing := _find(r"arguments are required: (.*)", message)):
+        name = _find(r"class_path='[^']*?(\w+)'", message)
+        return f"{key}: {name or 'it'} needs {missing}"
     if name := _find(r"^Option '([^']+)' is not accepted|NestedArg\(key='([^']+)'", message):
         return f"unknown option '{name}'{_nearest(name, _component_options())}"
     if reason := _find(r"^\s*- (unknown option .*)$", message):  # of one class in a list, already explained
