@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import yaml
 from pytorch_lightning import LightningModule
 
+import zo_lightning as zo
 from zo_lightning import Classifier, EstimatedGradient
 from zo_lightning.__main__ import main
 
@@ -160,8 +162,6 @@ def test_weights_alone_are_taken_over(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_checkpoint_of_other_settings_is_one_line(
     words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     assert cli(f"fit {SHORT}") == 0
     capsys.readouterr()
     assert cli(f"fit --ckpt_path {RUN / 'checkpoints' / 'last.ckpt'} {words} {SHORT}") == 2
@@ -193,8 +193,6 @@ def test_mistakes_are_one_line(words: str, message: str, capsys: pytest.CaptureF
 def test_a_class_that_is_switched_starts_from_its_own_defaults(
     estimator: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import zo_lightning as zo
-
     own = getattr(zo, estimator)()
     model = printed(capsys, f"--model.estimator {estimator}")["model"]
     arguments = model["estimator"].get("init_args") or {}

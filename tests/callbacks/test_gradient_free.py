@@ -60,6 +60,10 @@ class Foreign(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 10)]
 
 
+def loader(inputs: Tensor, batch_size: int) -> DataLoader:
+    return DataLoader(inputs, batch_size)  # type: ignore[arg-type]  # a tensor is all that a data set must be
+
+
 def equal(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
@@ -111,7 +115,7 @@ def test_accumulated_batches_are_one_step_on_their_mean_loss(tmp_path: Path) -> 
         estimator = ZerothOrder(stencil=CentralDifference(1e-4), samples=4, seed=0)
         options = {"accumulate_grad_batches": accumulate, "max_epochs": 1}
         fit = trainer(tmp_path, GradientFree(estimator), **options)
-        fit.fit(module, DataLoader(torch.randn(24, 8, generator=torch.Generator().manual_seed(0)).double(), size))
+        fit.fit(module, loader(torch.randn(24, 8, generator=torch.Generator().manual_seed(0)).double(), size))
         assert fit.global_step == 2
         ended.append(module)
     for a, b in zip(ended[0].parameters(), ended[1].parameters(), strict=True):
@@ -137,7 +141,7 @@ def test_clipping_is_lightnings_own(tmp_path: Path) -> None:
     module = Linearised()
     start = weights(module)
     fit = trainer(tmp_path, GradientFree(ZerothOrder(seed=0)), gradient_clip_val=1e-3, max_steps=1)
-    fit.fit(module, DataLoader(torch.ones(4, 8).double(), 4))
+    fit.fit(module, loader(torch.ones(4, 8).double(), 4))
     moved = sum(float((p.detach() - start[name]).square().sum()) for name, p in module.named_parameters()) ** 0.5
     assert moved == pytest.approx(0.01 * 1e-3, rel=1e-3)  # lr times the norm; Lightning adds 1e-6 to the norm
 
@@ -172,7 +176,7 @@ def test_a_loss_that_is_not_finite_skips_its_step(estimator: GradientEstimator, 
             states.append(weights(pl_module)["inner.weight"])
 
     callback = GradientFree(estimator)
-    trainer(tmp_path, callback, Remember(), max_epochs=1).fit(Sometimes(), DataLoader(torch.ones(12, 8).double(), 4))
+    trainer(tmp_path, callback, Remember(), max_epochs=1).fit(Sometimes(), loader(torch.ones(12, 8).double(), 4))
     assert torch.equal(states[0], states[1]) and not torch.equal(states[1], states[2])
     assert callback.skipped_steps == 1
 
@@ -184,7 +188,7 @@ def test_diverged_training_ends_and_gives_the_module_back(tmp_path: Path) -> Non
 
     module = Never()
     with pytest.raises(TrainingDiverged, match="the loss is nan for 3 batches in a row, at step 2"):
-        data = DataLoader(torch.ones(24, 8).double(), 4)
+        data = loader(torch.ones(24, 8).double(), 4)
         trainer(tmp_path, GradientFree(max_skipped_in_a_row=3)).fit(module, data)
     assert not {"training_step", "backward"} & set(vars(module))
 
@@ -196,7 +200,7 @@ def test_no_loss_skips_the_batch_as_lightning_does(tmp_path: Path) -> None:
 
     callback = GradientFree(ZerothOrder(seed=0))
     fit = trainer(tmp_path, callback, max_epochs=1)
-    fit.fit(Half(), DataLoader(torch.ones(16, 8).double(), 4))
+    fit.fit(Half(), loader(torch.ones(16, 8).double(), 4))
     assert fit.global_step == 4
     assert callback.skipped_steps == 0 and callback.forward_passes == 2 * 2 + 2 * 1
 

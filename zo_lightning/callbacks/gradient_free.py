@@ -107,7 +107,7 @@ class GradientFree(Callback):
 
         @wraps(training_step)  # Lightning reads the signature to know what to pass
         def estimate(*args: Any, **kwargs: Any) -> Any:
-            objective = _Step(partial(training_step, *args, **kwargs), pl_module)
+            objective = _Step(partial(training_step, *args, **kwargs), pl_module)  # type: ignore[arg-type]
             return self._estimate(objective, pl_module, args[0] if args else kwargs)
 
         @wraps(backward)

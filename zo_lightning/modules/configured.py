@@ -1,6 +1,6 @@
 """What ``configure_optimizers`` returns for an optimizer and a scheduler that were given from outside."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
@@ -12,7 +12,7 @@ def configured(
     module: LightningModule,
     optimizer: OptimizerCallable,
     lr_scheduler: LRSchedulerCallable | None = None,
-    lr_interval: Literal["epoch", "step"] = "epoch",
+    lr_interval: str = "epoch",
 ) -> Any:
     """Make the optimizer of a module's trainable weights, and its scheduler, in the form that Lightning expects.
 
