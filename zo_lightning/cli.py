@@ -143,8 +143,8 @@ class CLI(LightningCLI):
         if self.foreign:
             callbacks += self._drive_foreign(options.get("callbacks"))
         every, last = options.get("check_val_every_n_epoch"), options.get("max_epochs")
-        if every and last and 0 < last < every:  # a shorter run ends with its validation
-            options = {**options, "check_val_every_n_epoch": last}
+        if every and last and 0 < last < every:  # a run too short for one validation
+            options = {**options, "check_val_every_n_epoch": 1}
         trainer = self._instantiate_trainer({**options, **kwargs}, callbacks)
         if (reference := self._get(self.config, "reference")) is not None and self.subcommand == "fit":
             _set_reference(trainer, reference)
