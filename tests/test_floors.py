@@ -24,6 +24,8 @@ FLOORS = {
     "measures": 4,
     "modules": 4,
     "cli_errors": 4,
+    "cli_parser": 5,
+    "checkpoints": 5,
     "callbacks": 5,
     "study": 5,
     "cli": 6,

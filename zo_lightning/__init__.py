@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zo_lightning.callbacks.gradient_free import GradientFree
     from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere
     from zo_lightning.estimators import (
         Backprop,
@@ -16,13 +17,21 @@ if TYPE_CHECKING:
         ZerothOrder,
     )
     from zo_lightning.evaluation import Evaluation, OneByOne
-    from zo_lightning.modules import AutomaticClassifier, Classifier, EstimatedGradient, TrainingDiverged
+    from zo_lightning.modules import (
+        AutomaticClassifier,
+        AutomaticRegressor,
+        Classifier,
+        EstimatedGradient,
+        Regressor,
+        TrainingDiverged,
+    )
     from zo_lightning.nets import ScalableCNN, SmallCNN
     from zo_lightning.objective import NonFiniteLoss, Objective
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
     from zo_lightning.stencils import CentralDifference, ForwardDifference, Stencil
 
 _HOMES = {
+    "callbacks.gradient_free": ("GradientFree",),
     "directions": ("Coordinate", "Directions", "Gaussian", "LowRank", "Rademacher", "Sphere"),
     "estimators": (
         "Backprop",
@@ -32,7 +41,14 @@ _HOMES = {
         "ZerothOrder",
     ),
     "evaluation": ("Evaluation", "OneByOne"),
-    "modules": ("AutomaticClassifier", "Classifier", "EstimatedGradient", "TrainingDiverged"),
+    "modules": (
+        "AutomaticClassifier",
+        "AutomaticRegressor",
+        "Classifier",
+        "EstimatedGradient",
+        "Regressor",
+        "TrainingDiverged",
+    ),
     "nets": ("ScalableCNN", "SmallCNN"),
     "objective": ("NonFiniteLoss", "Objective"),
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
@@ -43,6 +59,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AdaMM",
     "AutomaticClassifier",
+    "AutomaticRegressor",
     "Backprop",
     "CentralDifference",
     "Classifier",
@@ -54,6 +71,7 @@ __all__ = [
     "ForwardGradient",
     "Gaussian",
     "GradientEstimator",
+    "GradientFree",
     "LowRank",
     "NonFiniteLoss",
     "NormalizedSGD",
@@ -61,6 +79,7 @@ __all__ = [
     "OneByOne",
     "PerExample",
     "Rademacher",
+    "Regressor",
     "ScalableCNN",
     "SignSGD",
     "SmallCNN",

@@ -4,65 +4,61 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-import yaml
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    LRSchedulerCallable,
+    OptimizerCallable,
+)
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from zo_lightning.callbacks.gradient_free import GradientFree, driver_of
+from zo_lightning.callbacks.predictions import WritePredictions
 from zo_lightning.callbacks.weight_similarity import check_reference
-from zo_lightning.cli_errors import UserError, explain_parsing, innermost
+from zo_lightning.checkpoints import check_optimizer, check_weights, read_checkpoint
+from zo_lightning.cli_errors import UserError, innermost
+from zo_lightning.cli_parser import (
+    ENVIRONMENT,
+    Parser,
+    SaveConfig,
+    as_users_expect,
+    check_no_classifier,
+    defaults,
+    names_model,
+    num_classes,
+)
 from zo_lightning.data import InMemoryDataModule
-from zo_lightning.measures import mismatch
-from zo_lightning.modules import Classifier, TrainingDiverged
+from zo_lightning.estimators import GradientEstimator
+from zo_lightning.modules import Classifier, EstimatedGradient, TrainingDiverged
+from zo_lightning.modules.configured import configured
 from zo_lightning.study.command import COMMANDS, report, study
 from zo_lightning.study.folder import FINISHED
 
-DEFAULT = Path(__file__).with_name("default.yaml")
-
-
-class Parser(LightningArgumentParser):
-    """A parser that raises ``UserError`` where others print their usage and exit."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise what argparse would print."""
-        raise UserError(explain_parsing(message, self)) from ex
-
-    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Parse a configuration; of several, an error names the one."""
-        try:
-            return super().parse_path(cfg_path, *args, **kwargs)
-        except UserError as error:
-            raise UserError(f"{cfg_path}: {error}") from error
-
-
-class SaveConfig(SaveConfigCallback):
-    """Saves the configuration beside the run's curves, and nowhere where no logger makes such a folder."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save without ``ckpt_path``: it says where this run came from, not what it is."""
-        if trainer.logger is None:
-            return
-        self.config = self.config.clone()
-        self.config.pop("ckpt_path", None)
-        super().setup(trainer, pl_module, stage)
-
 
 class CLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` of a ``Classifier`` on any LightningDataModule.
+    """``fit``, ``validate``, ``test`` and ``predict`` of a ``Classifier``, or of the LightningModule that is named.
 
-    Whatever can be known to be wrong is found before anything is written.
+    ``--model their_package.LitNet --estimator PerExample`` trains a module as it is, by the callback ``GradientFree``;
+    ``--optimizer`` and ``--lr_scheduler`` replace what its ``configure_optimizers`` returns. Whatever can be known to
+    be wrong is found before anything is written.
     """
 
-    def __init__(self, args: ArgsType = None) -> None:
-        environment = {"default_env": True, "env_prefix": "ZO_LIGHTNING"}
+    def __init__(self, args: list[str] | None = None) -> None:
+        environment = {"default_env": True, "env_prefix": ENVIRONMENT}
         by_subcommand = {name: dict(environment) for name in self.subcommands()}
+        words = sys.argv[1:] if args is None else args
+        self.foreign = names_model(words)
+        if self.foreign:
+            check_no_classifier(words)
         super().__init__(
-            Classifier,
-            LightningDataModule,
+            LightningModule if self.foreign else Classifier,
+            None if self.foreign else LightningDataModule,  # which a foreign module may have in itself
+            subclass_mode_model=self.foreign,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=42,
@@ -81,26 +77,57 @@ class CLI(LightningCLI):
         """Add a checkpoint and a progress bar that every run has, and the link from the data's classes to the model."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(TQDMProgressBar, "progress_bar")
-        parser.set_defaults(_defaults())
+        parser.set_defaults(defaults(self.foreign))
         parser.add_argument(
             "--reference",
             type=str | None,
             default=None,
             help="Folder of another run, for all callbacks that compare with one and were not given their own.",
         )
-        parser.link_arguments("data", "model.num_classes", compute_fn=_num_classes, apply_on="instantiate")
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="Checkpoint whose weights alone are taken over: optimizer, schedule and epochs begin anew.",
+        )
+        if not self.foreign:
+            parser.link_arguments("data", "model.num_classes", compute_fn=num_classes, apply_on="instantiate")
+            return
+        parser.add_argument(
+            "--estimator",
+            type=GradientEstimator | None,
+            default=None,
+            help="Trains the model in place of backpropagation (null: ZerothOrder, or the model's own).",
+        )
+        parser.add_argument(
+            "--optimizer", type=OptimizerCallable | None, default=None, help="In place of the model's own (null)."
+        )
+        parser.add_argument(
+            "--lr_scheduler", type=LRSchedulerCallable | None, default=None, help="Of that optimizer (null: none)."
+        )
+        parser.add_argument(
+            "--lr_interval", type=Literal["epoch", "step"], default="epoch", help="When that scheduler steps."
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and read the checkpoint where one is named."""
-        super().parse_arguments(parser, args)
+        with as_users_expect():
+            super().parse_arguments(parser, args)
         options = self.config.get(self.config.get("subcommand"), {})
-        self.checkpoint = _read_checkpoint(options.get("ckpt_path"))
+        if options.get("ckpt_path") is not None and options.get("init_from") is not None:
+            raise UserError("ckpt_path continues a run and init_from begins one: give one of them")
+        self.checkpoint = read_checkpoint("ckpt_path", options.get("ckpt_path"))
+        self.weights = read_checkpoint("init_from", options.get("init_from"))
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would put the checkpoint's own settings over those that were given."""
 
     def instantiate_classes(self) -> None:
         """Make all components; a value that one of them refuses is the user's."""
         try:
             super().instantiate_classes()
-            self.model.configure_optimizers()
+            if not self.foreign:  # others may need their trainer
+                self.model.configure_optimizers()
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise UserError(innermost(error)) from error
 
@@ -111,6 +138,13 @@ class CLI(LightningCLI):
         off = {"checkpoint": "enable_checkpointing", "progress_bar": "enable_progress_bar"}
         wanted = [key for key in keys if options.get(off[key]) is not False and not options.get("barebones")]
         callbacks = [self._get(self.config_init, key) for key in wanted]
+        if self.subcommand == "predict":
+            callbacks.append(WritePredictions())
+        if self.foreign:
+            callbacks += self._drive_foreign(options.get("callbacks"))
+        every, last = options.get("check_val_every_n_epoch"), options.get("max_epochs")
+        if every and last and 0 < last < every:  # a run too short for one validation
+            options = {**options, "check_val_every_n_epoch": 1}
         trainer = self._instantiate_trainer({**options, **kwargs}, callbacks)
         if (reference := self._get(self.config, "reference")) is not None and self.subcommand == "fit":
             _set_reference(trainer, reference)
@@ -131,10 +165,35 @@ class CLI(LightningCLI):
                     check_reference(callback.reference, dict(self.model.named_parameters()))
                 except MisconfigurationException as error:
                     raise UserError(str(error)) from error
+        if self.weights is not None:
+            check_weights("init_from", self._get(self.config, "init_from"), self.weights, self.model)
+            self.model.load_state_dict(self.weights["state_dict"])
         if self.checkpoint is not None:
-            _compare(self.checkpoint, self.model.state_dict(), str(self._get(self.config, "ckpt_path")))
-        elif self.subcommand != "fit" and self._get(self.config, "ckpt_path") is None:
+            path = self._get(self.config, "ckpt_path")
+            check_weights("ckpt_path", path, self.checkpoint, self.model)
+            if self.subcommand == "fit" and not self.foreign:
+                check_optimizer(path, self.checkpoint, self.model.configure_optimizers())
+        elif self.subcommand != "fit" and self.weights is None and self._get(self.config, "ckpt_path") is None:
             print(f"zo-lightning: note: {self.subcommand} without --ckpt_path sees untrained weights", file=sys.stderr)
+
+    def _drive_foreign(self, given: Any) -> list[Callback]:
+        """Put the optimizer in its place; return the callback that trains a module without an estimator of its own."""
+        optimizer, scheduler, interval, estimator = (
+            self._get(self.config_init, name) for name in ("optimizer", "lr_scheduler", "lr_interval", "estimator")
+        )
+        if scheduler is not None and optimizer is None:
+            raise UserError("lr_scheduler needs an optimizer to schedule: give one too")
+        if optimizer is not None:
+            model: Any = self.model
+            model.configure_optimizers = lambda: configured(model, optimizer, scheduler, interval)
+        if isinstance(self.model, EstimatedGradient):
+            if estimator is not None:
+                name = type(self.model).__name__
+                raise UserError(f"{name} has an estimator of its own: give --model.estimator in place of --estimator")
+            return []
+        given = given if isinstance(given, list) else [given]
+        driven = self.subcommand != "fit" or any(isinstance(one, GradientFree) for one in given)
+        return [] if driven else [GradientFree(estimator)]
 
     def after_fit(self) -> None:
         """Say what came out, and where to look at it."""
@@ -142,9 +201,12 @@ class CLI(LightningCLI):
             return
         metrics = self.trainer.callback_metrics
         resumed_at = self.checkpoint.get("global_step", 0) if self.checkpoint else 0
-        if "val/acc" in metrics and self.trainer.global_step > resumed_at:
-            print(f"\nValidation accuracy {metrics['val/acc']:.4f}", end=" ")
-            print(f"after {self.trainer.global_step:,} steps, {self.model.forward_passes:,} forward passes of a batch.")
+        named = {"val/acc": "Validation accuracy", "val/loss": "Validation loss"}
+        reached = next((f"{name} {metrics[tag]:.4f}" for tag, name in named.items() if tag in metrics), "Trained:")
+        driver = driver_of(self.trainer, self.model)
+        if self.trainer.global_step > resumed_at and driver is not None:
+            print(f"\n{reached} after {self.trainer.global_step:,} steps,", end=" ")
+            print(f"{driver.forward_passes:,} forward passes of a batch.")
         if self.trainer.logger is not None and self.trainer.log_dir is not None:
             folder = Path(self.trainer.log_dir)
             print(f"The run is in {folder}; to see its curves: tensorboard --logdir {folder.parent}")
@@ -154,6 +216,8 @@ def main(args: list[str] | None = None) -> int:
     """Run a command line; return its exit code: 0, 1 where a run failed, 2 where it was not begun."""
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
     words = sys.argv[1:] if args is None else args
+    if "" not in sys.path and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # a console script does not look there, unlike `python -m`
     try:
         if words[:1] == ["study"]:
             return study(words[1:], fit)
@@ -185,21 +249,6 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip: For seamless" not in record.getMessage()
 
 
-def _defaults() -> dict[str, Any]:
-    """The embedded default, by option; jsonargparse's own default files cannot replace the default of a callable."""
-    options: dict[str, Any] = {}
-    for section, values in yaml.safe_load(DEFAULT.read_text(encoding="utf-8")).items():
-        if isinstance(values, dict) and "class_path" not in values:
-            options |= {f"{section}.{name}": value for name, value in values.items()}
-        else:
-            options[section] = values
-    return options
-
-
-def _num_classes(data: LightningDataModule) -> int:
-    return getattr(data, "num_classes", 10)
-
-
 def _set_reference(trainer: Trainer, reference: str) -> None:
     """Give a run to the callbacks that can compare with one and have none."""
     comparing = [callback for callback in _callbacks(trainer) if hasattr(callback, "reference")]
@@ -220,24 +269,3 @@ def _spare_finished(trainer: Trainer) -> None:
 
 def _callbacks(trainer: Trainer) -> list[Any]:
     return trainer.callbacks  # type: ignore[attr-defined]
-
-
-def _read_checkpoint(path: Any) -> dict[str, Any] | None:
-    """The checkpoint in a file, or None where none is named or Lightning finds it by itself (``last``, ``best``)."""
-    if path is None or str(path) in ("best", "last", "hpc"):
-        return None
-    if not Path(path).is_file():
-        raise UserError(f"ckpt_path '{path}' does not exist")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-        raise UserError(f"ckpt_path '{path}' is damaged or not a checkpoint") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"ckpt_path '{path}' holds no Lightning checkpoint: it has no state_dict")
-    return checkpoint
-
-
-def _compare(checkpoint: dict[str, Any], state: dict[str, torch.Tensor], path: str) -> None:
-    """Raise UserError naming the first weight in which a checkpoint and a model differ."""
-    if difference := mismatch(state, checkpoint["state_dict"], ("the model", "the checkpoint")):
-        raise UserError(f"ckpt_path '{path}' is of another architecture: {difference}")

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 import torch
 from jsonargparse import ArgumentParser
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningModule
 
 from zo_lightning import nets
 from zo_lightning.data import CIFAR10, MNIST, Digits, FashionMNIST, InMemoryDataModule  # noqa: F401  (subclasses)
@@ -25,6 +25,7 @@ BASES: dict[str, type] = {
     "optimizer": torch.optim.Optimizer,
     "lr_scheduler": torch.optim.lr_scheduler.LRScheduler,
     "data": InMemoryDataModule,
+    "model": LightningModule,
     "callbacks": Callback,
 }
 
@@ -39,7 +40,11 @@ def explain_parsing(message: str, parser: ArgumentParser) -> str:
     if name := _find(r"Expected a dot import path string: (\S+)", message):
         return _unknown_class(key, name)
     if name := _find(r"Problem with given class_path '([^']+)'", message):
-        return f"{key}: cannot import '{name}': {message.splitlines()[-1].strip()}"
+        reason = _find(r"Problem with given class_path '[^']+':\s*\n\s*(.+)$", message)
+        return f"{key}: cannot import '{name}': {reason or message.splitlines()[-1].strip()}"
+    if key and (missing := _find(r"arguments are required: (.*)", message)):
+        name = _find(r"class_path='[^']*?(\w+)'", message)
+        return f"{key}: {name or 'it'} needs {missing}"
     if name := _find(r"^Option '([^']+)' is not accepted|NestedArg\(key='([^']+)'", message):
         return f"unknown option '{name}'{_nearest(name, _component_options())}"
     if reason := _find(r"^\s*- (unknown option .*)$", message):  # of one class in a list, already explained
@@ -64,7 +69,7 @@ def innermost(error: BaseException) -> str:
 def _unknown_class(key: str, name: str) -> str:
     kind = key.rpartition(".")[2]
     names = _class_names(kind)
-    listed = f"; there are {', '.join(names)}" if len(names) <= 24 else ""
+    listed = f"; there are {', '.join(names)}" if 0 < len(names) <= 24 else ""
     also = "" if kind in ("estimator", "directions", "stencil", "evaluation") else ", or give a dotted import path"
     return f"{key}: unknown class '{name}'{_nearest(name, names)}{listed}{also}"
 
@@ -96,6 +101,8 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 def _class_names(kind: str) -> list[str]:
     classes = [nets.ScalableCNN, nets.SmallCNN] if kind == "net" else _subclasses(BASES[kind]) if kind in BASES else []
+    if kind == "model":
+        classes = [cls for cls in classes if cls.__module__.startswith("zo_lightning.")]
     return sorted({cls.__name__ for cls in classes})
 
 
@@ -110,7 +117,9 @@ def _component_options() -> set[str]:
 
 
 def _is_ours(cls: type) -> bool:
-    return cls.__module__.startswith(("zo_lightning.", "torch.optim."))
+    """Ours, the user's, or an optimizer: not the hundreds of others."""
+    home = cls.__module__
+    return home.startswith("torch.optim.") or not home.startswith(("torch", "pytorch_lightning", "lightning"))
 
 
 def _find(pattern: str, message: str) -> str:

@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from google.protobuf import text_format
 from PIL import Image
 from pytorch_lightning import Callback, Trainer
@@ -133,3 +134,13 @@ def test_figures_are_pictures(tmp_path: Path) -> None:
     picture = Image.open(tmp_path / "images/filter_projection/net.0.weight/step=000000006.png")
     assert picture.size == (560, 532)  # eight points: too few for t-SNE
     assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10
+
+
+def test_weights_that_are_not_finite_stop_nothing(tmp_path: Path) -> None:
+    module = classifier()
+    with torch.no_grad():
+        for p in module.net.parameters():
+            p.fill_(torch.nan)
+    module.max_skipped_in_a_row = 100
+    trainer(tmp_path, FilterProjection(), logger=TensorBoardLogger(tmp_path)).fit(module, batches())
+    assert "filter_projection/net.0.weight" in events(tmp_path / "lightning_logs" / "version_0").Tags()["images"]

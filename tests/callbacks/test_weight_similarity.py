@@ -97,3 +97,15 @@ def test_a_reference_that_does_not_fit_is_named(reference: Path, tmp_path: Path)
 def test_low_precision_and_tied_weights(tmp_path: Path) -> None:
     trainer(tmp_path, WeightSimilarity(), max_epochs=1).fit(Linear(torch.bfloat16), batches())
     assert 0.5 < scalars(tmp_path)["to_start/cosine/all"][0][1] <= 1
+
+
+def test_weights_that_are_not_finite_stop_nothing(reference: Path, tmp_path: Path) -> None:
+    module = classifier()
+    with torch.no_grad():
+        module.net[0].weight[0] = torch.nan
+    module.max_skipped_in_a_row = 100
+    with pytest.warns(UserWarning, match=r"matches no filters of net\.0\.weight: it, or the reference's, is NaN"):
+        trainer(tmp_path, WeightSimilarity(str(reference))).fit(module, batches())
+    logged = scalars(tmp_path)
+    assert [step for step, _ in logged["to_reference/matched/net.3.weight"]] == [0, 6, 12]
+    assert "to_reference/matched/net.0.weight" not in logged

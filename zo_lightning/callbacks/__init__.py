@@ -6,6 +6,7 @@ from zo_lightning.callbacks.epoch_cost import EpochCost
 from zo_lightning.callbacks.filter_images import FilterImages
 from zo_lightning.callbacks.filter_projection import FilterProjection
 from zo_lightning.callbacks.gradient_alignment import GradientAlignment
+from zo_lightning.callbacks.gradient_free import GradientFree
 from zo_lightning.callbacks.reporting import log_image
 from zo_lightning.callbacks.weight_similarity import WeightSimilarity
 from zo_lightning.callbacks.weight_snapshots import WeightSnapshots
@@ -17,6 +18,7 @@ __all__ = [
     "FilterImages",
     "FilterProjection",
     "GradientAlignment",
+    "GradientFree",
     "WeightSimilarity",
     "WeightSnapshots",
     "log_image",

@@ -14,9 +14,9 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from zo_lightning.callbacks.gradient_free import driver_of
 from zo_lightning.callbacks.reporting import log_scalars, tensorboards
 from zo_lightning.costs import FlopMeter
-from zo_lightning.modules import EstimatedGradient
 from zo_lightning.modules.mixin import logs_now
 
 AXES = "flops", "forward_passes", "seconds"
@@ -38,7 +38,7 @@ class Budget(Callback):
         axis: what that axis shows: ``"flops"``, in millions; ``"forward_passes"``, where the loss is no net of PyTorch
             and calls of it are what is scarce; or ``"seconds"``. The tag is ``by_<axis>``.
         measure_flops: False leaves a module in automatic optimization unwatched, should watching harm it; an
-            ``EstimatedGradient`` counts by itself.
+            ``EstimatedGradient`` and ``GradientFree`` count by themselves.
 
     Raises:
         ValueError: there is no such axis.
@@ -102,7 +102,7 @@ class Budget(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to count the step, where the module does not."""
-        if self.measure_flops and not isinstance(pl_module, EstimatedGradient):
+        if self.measure_flops and driver_of(trainer, pl_module) is None:
             self._measured.enter_context(self._meter.step(pl_module, batch))
 
     def on_train_batch_end(
@@ -110,8 +110,8 @@ class Budget(Callback):
     ) -> None:
         """Count, and log whenever the trainer does."""
         self._measured.close()
-        if isinstance(pl_module, EstimatedGradient):
-            self.forward_passes, self.flops = pl_module.forward_passes, pl_module.flops
+        if (driver := driver_of(trainer, pl_module)) is not None:
+            self.forward_passes, self.flops = driver.forward_passes, driver.flops
         else:
             self.forward_passes += 3
             self.flops = self._meter.total if self.measure_flops else nan
@@ -127,7 +127,7 @@ class Budget(Callback):
             "budget/peak_memory_mb": peak_memory(pl_module.device) / 2**20,
             "budget/steps_per_second": speed,
         }
-        if not isinstance(pl_module, EstimatedGradient):  # which logs these by itself
+        if driver is None:  # which logs these by itself
             values |= {"budget/forward_passes": self.forward_passes, "budget/flops": self.flops}
         log_scalars(trainer, values)
 

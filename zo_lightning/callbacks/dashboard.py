@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from zo_lightning.callbacks.gradient_free import driver_of
 from zo_lightning.callbacks.reporting import tensorboards
 from zo_lightning.estimators import Backprop
-from zo_lightning.modules import EstimatedGradient
 
 LAYOUT = {
     "Losses": {
@@ -84,7 +84,8 @@ def hyperparameters(trainer: Trainer, module: LightningModule) -> dict[str, str 
 
     It sorts them and shows the first five, hence the names: d, estimator, lr, mu, optimizer.
     """
-    estimator: Any = module.estimator if isinstance(module, EstimatedGradient) else Backprop()
+    driver = driver_of(trainer, module)
+    estimator: Any = Backprop() if driver is None else driver.estimator
     optimizer: Any = trainer.optimizers[0] if trainer.optimizers else None
     directions = getattr(estimator, "directions", None)
     net = getattr(module, "net", None)
@@ -92,7 +93,7 @@ def hyperparameters(trainer: Trainer, module: LightningModule) -> dict[str, str 
         "d": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "estimator": type(estimator).__name__,
         "lr": optimizer.param_groups[0].get("lr", 0.0) if optimizer is not None else 0.0,
-        "mu": getattr(module, "mu", None) or 0.0,
+        "mu": (driver.mu if driver is not None else None) or 0.0,
         "optimizer": type(optimizer).__name__ if optimizer is not None else "",
         "samples": getattr(estimator, "samples", 0),
         "seed": torch.initial_seed(),

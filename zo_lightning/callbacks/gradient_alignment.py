@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from zo_lightning.callbacks.gradient_free import driver_of
 from zo_lightning.callbacks.reporting import log_scalars, say_once
 from zo_lightning.callbacks.weight_snapshots import check_at_least_1
 from zo_lightning.costs import uncounted
@@ -22,8 +23,8 @@ from zo_lightning.measures import (
     norm_ratio,
     true_gradient,
 )
-from zo_lightning.modules import EstimatedGradient
 from zo_lightning.objective import NonFiniteLoss, Objective
+from zo_lightning.perturbed.state import State
 from zo_lightning.stencils import Stencil
 
 _KINDS = ("cosine", "norm_ratio", "expected_cosine")
@@ -83,8 +84,9 @@ class GradientAlignment(Callback):
         estimate = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
         if not estimate:  # a skipped step
             return
-        objective = pl_module.estimated_objective if isinstance(pl_module, EstimatedGradient) else None
-        estimator = pl_module.estimator if isinstance(pl_module, EstimatedGradient) else Backprop()
+        driver = driver_of(trainer, pl_module)
+        objective = driver and driver.estimated_objective
+        estimator = driver.estimator if driver else Backprop()
         if objective is None or estimator.is_exact:
             values = {f"{kind}/{name}": 1.0 for kind in _KINDS for name in (*estimate, WHOLE)}
         else:
@@ -96,7 +98,7 @@ class GradientAlignment(Callback):
                 say_once(f"GradientAlignment does nothing: {error}")
                 self._impossible = True
                 return
-            values = _measured(pl_module, objective, estimator, estimate, gradient)
+            values = _measured(pl_module, driver, objective, estimate, gradient)
         self.seconds += time.perf_counter() - began
         log_scalars(
             trainer, {f"alignment/{tag}": value for tag, value in values.items()} | {"alignment/seconds": self.seconds}
@@ -104,23 +106,26 @@ class GradientAlignment(Callback):
 
 
 def _measured(
-    module: Any, objective: Objective, estimator: GradientEstimator, estimate: Tensors, gradient: Tensors
+    module: LightningModule, driver: Any, objective: Objective, estimate: Tensors, gradient: Tensors
 ) -> dict[str, float]:
+    estimator: GradientEstimator = driver.estimator
     gradient = {name: gradient[name] for name in estimate}
     if estimator.needs_example_losses:
-        d, share = _perturbed(module, gradient)
+        d, share = _perturbed(driver.estimator_state, gradient)
         expected = estimator.expected_cosine(d, share, len(objective.seen[-1]), _spread(objective, module))
     else:
         expected = estimator.expected_cosine(sum(g.numel() for g in gradient.values()))
     values = {f"expected_cosine/{WHOLE}": expected, **_aligned(estimate, gradient, estimator)}
     if estimator.mu is not None:
-        values |= _finite_difference(module, objective, estimator, norm(gradient)[WHOLE])
+        values |= _finite_difference(module, driver, objective, norm(gradient)[WHOLE])
     return values
 
 
-def _finite_difference(module: Any, objective: Objective, estimator: Any, gradient_norm: float) -> dict[str, float]:
+def _finite_difference(
+    module: LightningModule, driver: Any, objective: Objective, gradient_norm: float
+) -> dict[str, float]:
     """The ``mu`` below which rounding errors outweigh the slopes, and how far the present one is above it."""
-    mu, stencil = module.mu, estimator.stencil
+    mu, estimator, stencil = driver.mu, driver.estimator, driver.estimator.stencil
     by_example = estimator.needs_example_losses
     slope = _slope_by_example(objective, stencil, mu, estimator.samples) if by_example else gradient_norm
     loss = objective.per_example if by_example else objective.loss
@@ -147,12 +152,12 @@ def _aligned(estimate: Tensors, gradient: Tensors, estimator: GradientEstimator)
     return values
 
 
-def _perturbed(module: EstimatedGradient, gradient: Tensors) -> tuple[float, float]:
+def _perturbed(state: State, gradient: Tensors) -> tuple[float, float]:
     """How many numbers a noise of one example has, and the share of ``‖g‖²`` in the layers that get noise.
 
     The one that makes the net's output gets none where its gradient is measured.
     """
-    known: Any = module.estimator_state
+    known: Any = state
     dimensions = sum(layer.dims for key, layer in known.layers.items() if key != known.last) or 1.0
     squares = {name: value**2 for name, value in norm(gradient).items()}
     layer = (known.last or "").rpartition(".")[0]

@@ -85,8 +85,15 @@ class WeightSimilarity(Callback):
             else:
                 other = snapshot.load()
                 values |= _compared("to_reference", weights, other)
-                values |= {f"to_reference/matched/{name}": value for name, value in matched(weights, other).items()}
+                values |= self._matched(weights, other)
         log_scalars(trainer, values)
+
+    def _matched(self, weights: Tensors, other: Tensors) -> dict[str, float]:
+        finite = {name: w for name, w in weights.items() if w.isfinite().all() and other[name].isfinite().all()}
+        if lost := [name for name in weights if name not in finite]:
+            say_once(f"WeightSimilarity matches no filters of {lost[0]}: it, or the reference's, is NaN or infinite")
+        values = matched(finite, {name: other[name] for name in finite})
+        return {f"to_reference/matched/{name}": value for name, value in values.items()}
 
 
 def check_reference(reference: str | Path, weights: Tensors) -> None:

@@ -2,5 +2,13 @@
 
 from zo_lightning.modules.classifier import AutomaticClassifier, Classifier
 from zo_lightning.modules.mixin import EstimatedGradient, TrainingDiverged
+from zo_lightning.modules.regressor import AutomaticRegressor, Regressor
 
-__all__ = ["AutomaticClassifier", "Classifier", "EstimatedGradient", "TrainingDiverged"]
+__all__ = [
+    "AutomaticClassifier",
+    "AutomaticRegressor",
+    "Classifier",
+    "EstimatedGradient",
+    "Regressor",
+    "TrainingDiverged",
+]

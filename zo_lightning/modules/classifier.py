@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from zo_lightning.estimators import GradientEstimator
+from zo_lightning.modules.configured import configured
 from zo_lightning.modules.mixin import EstimatedGradient, logs_now
 from zo_lightning.optim import AdaMM
 
@@ -24,12 +25,14 @@ class AutomaticClassifier(LightningModule):
     Args:
         net: maps images [B, C, H, W] to logits [B, num_classes].
         optimizer: makes the optimizer from the weights.
-        lr_scheduler: makes the LR scheduler from the optimizer; None keeps the learning rate.
+        lr_scheduler: makes the LR scheduler from the optimizer; None keeps the learning rate. A ``CosineAnnealingLR``
+            with ``T_max`` -1 ends with the run.
         lr_interval: ``"epoch"`` or ``"step"``: when the scheduler steps.
         num_classes: ≥ 2.
 
     Raises:
-        ValueError: ``num_classes`` < 2, or ``lr_interval`` is neither.
+        ValueError: ``num_classes`` < 2, or ``lr_interval`` is neither; in a step: labels are no class indices [B], or
+            the net's outputs are not [B, C] with C ≥ 2.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class AutomaticClassifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The mean cross-entropy of a batch, ``loss``, and those of its examples, ``losses`` [B]."""
         images, labels = batch
-        logits = self(images)
+        logits = _checked(self(images), labels)
         losses = F.cross_entropy(logits, labels, reduction="none")
         loss = losses.mean()
         # A call of self.log costs as much as a small net's forward pass: only where Lightning passes it on.
@@ -97,19 +100,26 @@ class AutomaticClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer and, where asked for, its scheduler."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        config = {"scheduler": scheduler, "interval": self.lr_interval, "monitor": getattr(scheduler, "monitor", None)}
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        return configured(self, self.optimizer, self.lr_scheduler, self.lr_interval)
 
     def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy) -> None:
         images, labels = batch
-        logits = self(images)
+        logits = _checked(self(images), labels)
         accuracy.update(logits, labels)
         self.log(f"{stage}/loss", F.cross_entropy(logits, labels), prog_bar=True, batch_size=len(labels))
         self.log(f"{stage}/acc", accuracy, prog_bar=True, batch_size=len(labels))
+
+
+def _checked(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy takes real targets for probabilities, and with one output is 0 whatever the net says."""
+    if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1:
+        raise ValueError(
+            f"a classifier needs class indices [B], whole numbers, got {labels.dtype} of shape {tuple(labels.shape)}: "
+            "for real targets take Regressor"
+        )
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"a classifier's net must give [B, C] with C >= 2 classes, got shape {tuple(logits.shape)}")
+    return logits
 
 
 class Classifier(EstimatedGradient, AutomaticClassifier):
@@ -119,7 +129,8 @@ class Classifier(EstimatedGradient, AutomaticClassifier):
         net: maps images [B, C, H, W] to logits [B, num_classes].
         estimator: fills the gradients.
         optimizer: makes the optimizer from the weights; AdaMM or anything of ``torch.optim``.
-        lr_scheduler: makes the LR scheduler from the optimizer; None keeps the learning rate.
+        lr_scheduler: makes the LR scheduler from the optimizer; None keeps the learning rate. A ``CosineAnnealingLR``
+            with ``T_max`` -1 ends with the run.
         lr_interval: ``"epoch"`` or ``"step"``: when the scheduler steps.
         mu_follows_lr: scale the estimator's ``mu`` with the learning rate, down to a thousandth.
         gradient_clip_val: largest norm of the gradient estimate, or None.
