@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere
+    from zo_lightning.distributed import Distributed, ProcessLost, WeightsDiverged
     from zo_lightning.estimators import (
         Backprop,
         ForwardGradient,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "directions": ("Coordinate", "Directions", "Gaussian", "LowRank", "Rademacher", "Sphere"),
+    "distributed": ("Distributed", "ProcessLost", "WeightsDiverged"),
     "estimators": (
         "Backprop",
         "ForwardGradient",
@@ -48,6 +50,7 @@ __all__ = [
     "Classifier",
     "Coordinate",
     "Directions",
+    "Distributed",
     "EstimatedGradient",
     "Evaluation",
     "ForwardDifference",
@@ -60,6 +63,7 @@ __all__ = [
     "Objective",
     "OneByOne",
     "PerExample",
+    "ProcessLost",
     "Rademacher",
     "ScalableCNN",
     "SignSGD",
@@ -67,6 +71,7 @@ __all__ = [
     "Sphere",
     "Stencil",
     "TrainingDiverged",
+    "WeightsDiverged",
     "ZerothOrder",
 ]
 

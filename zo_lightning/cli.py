@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from zo_lightning.callbacks.weight_similarity import check_reference
 from zo_lightning.cli_errors import UserError, explain_parsing, innermost
 from zo_lightning.data import InMemoryDataModule
+from zo_lightning.distributed import ProcessLost, WeightsDiverged
 from zo_lightning.measures import mismatch
 from zo_lightning.modules import Classifier, TrainingDiverged
 from zo_lightning.study.command import COMMANDS, report, study
@@ -138,6 +139,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say what came out, and where to look at it."""
+        folder = self.trainer.log_dir  # a collective: asked on every rank
         if not self.trainer.is_global_zero or getattr(self.trainer, "fast_dev_run", False) or self.trainer.interrupted:
             return
         metrics = self.trainer.callback_metrics
@@ -145,9 +147,8 @@ class CLI(LightningCLI):
         if "val/acc" in metrics and self.trainer.global_step > resumed_at:
             print(f"\nValidation accuracy {metrics['val/acc']:.4f}", end=" ")
             print(f"after {self.trainer.global_step:,} steps, {self.model.forward_passes:,} forward passes of a batch.")
-        if self.trainer.logger is not None and self.trainer.log_dir is not None:
-            folder = Path(self.trainer.log_dir)
-            print(f"The run is in {folder}; to see its curves: tensorboard --logdir {folder.parent}")
+        if self.trainer.logger is not None and folder is not None:
+            print(f"The run is in {Path(folder)}; to see its curves: tensorboard --logdir {Path(folder).parent}")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -162,7 +163,7 @@ def main(args: list[str] | None = None) -> int:
         CLI(args)
     except UserError as error:
         return _fail(error, 2)
-    except (TrainingDiverged, MisconfigurationException) as error:
+    except (TrainingDiverged, WeightsDiverged, ProcessLost, MisconfigurationException) as error:
         return _fail(error, 1)
     return 0
 
