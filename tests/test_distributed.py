@@ -45,18 +45,14 @@ def test_processes_that_split_directions_end_with_the_weights_of_one(tmp_path: P
     alone["lean"] = alone["central"]
     alone["uneven"] = train(estimator("central", "directions", 5), slice(None))
     assert not same(alone["central"], net().state_dict())
-    for result in together(tmp_path, "train", size):
+    results = together(tmp_path, "train", size)
+    assert all(same(results[0]["data"], result["data"]) for result in results)  # a batch of its own for each
+    for result in results:
         for name, weights in alone.items():
             assert same(weights, result[name]), name
         # Of each direction it probes, a rank sends loss and slope, 8 bytes each; every 50th step the hash's 8 too.
         probed = SAMPLES // size
         assert result["bytes"] == 3 * [16 * probed + 8 * (step % 50 == 0) for step in range(200)]
-
-
-def test_split_data_give_the_step_on_the_whole_batch(tmp_path: Path) -> None:
-    """12 examples split evenly: the mean of the ranks' means is the mean of all."""
-    first, second = together(tmp_path, "train", 2)
-    assert same(first["data"], second["data"])
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +109,29 @@ def test_the_hash_sees_every_value_whatever_its_type() -> None:
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         zo.Distributed(**wrong)
+
+
+def fitted(folder: Path, words: str) -> dict[str, Tensor]:
+    """The weights after three steps of the command line."""
+    folder.mkdir()
+    options = (
+        f"fit {words} --trainer.accelerator cpu --trainer.limit_train_batches 3 --trainer.max_epochs 1 "
+        "--trainer.check_val_every_n_epoch 1 --trainer.enable_progress_bar false --trainer.enable_model_summary false"
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "zo_lightning", *options.split()],
+        env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "The run is in" in run.stdout
+    checkpoint = next(folder.rglob("last.ckpt"))
+    return torch.load(checkpoint, weights_only=False)["state_dict"]
+
+
+def test_the_command_line_trains_in_two_processes_as_in_one(tmp_path: Path) -> None:
+    """ZerothOrder bit for bit; Backprop ends with exit code 0, without a rank that waits for the others."""
+    two = "--trainer.devices 2 --trainer.strategy ddp"
+    zeroth_order = "--model.estimator ZerothOrder --model.estimator.distributed.split directions"
+    alone = fitted(tmp_path / "alone", f"{zeroth_order} --trainer.devices 1")
+    assert same(alone, fitted(tmp_path / "two", f"{zeroth_order} {two}"))
+    fitted(tmp_path / "backprop", f"--model.estimator Backprop {two}")

@@ -90,11 +90,12 @@ class Distributed:
         pairs = [list(zip(numbers[::2], numbers[1::2], strict=True)) for numbers in received]
         if self.split == "directions":
             return [pairs[index % world_size()][index // world_size()] for index in range(samples)]
-        means = [
-            [math.fsum(column) / world_size() for column in zip(*ranks, strict=True)]
-            for ranks in zip(*pairs, strict=True)
-        ]
-        return [(loss, slope) for loss, slope in means]
+        asked = zip(*pairs, strict=True)
+        return [(_mean([loss for loss, _ in ranks]), _mean([slope for _, slope in ranks])) for ranks in asked]
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return math.fsum(numbers) / len(numbers)
 
 
 def world_size() -> int:
@@ -120,8 +121,8 @@ def gather(numbers: Sequence[float], device: torch.device, step: int) -> list[li
         dist.all_gather(received, sent)
     except RuntimeError as error:
         raise ProcessLost(
-            f"rank {rank()} at step {step}: another process has ended or does not answer ({str(error).splitlines()[0]}). "
-            "Resume from the last checkpoint, on as many processes as there are"
+            f"rank {rank()} at step {step}: another process has ended or does not answer "
+            f"({str(error).splitlines()[0]}). Resume from the last checkpoint, on any number of processes"
         ) from error
     return [one.tolist() for one in received]
 

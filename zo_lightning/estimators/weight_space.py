@@ -20,7 +20,7 @@ Probe = tuple[Direction, float, float]
 def draw(
     directions: Directions, weights: Weights, indices: Iterable[int], seed: int, step: int, state: State, lean: bool
 ) -> Iterator[Direction]:
-    """Directions of one step by their indices, each drawn when it is its turn: at once, or lean, tensor by tensor on demand.
+    """Directions of a step by index, each drawn in its turn: at once, or lean, tensor by tensor on demand.
 
     All but the first, whose tensors become the estimate, are drawn into the same memory.
     """
