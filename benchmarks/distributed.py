@@ -36,7 +36,7 @@ def worker(rank: int, size: int, store: str, data: str, steps: int) -> None:
             return gather(received, tensor)
 
         dist.all_gather = counted
-    module = MNIST(data_dir=data, batch_size=128, seed=0)
+    module = MNIST(root=data, batch_size=128, seed=0)
     module.prepare_data()
     module.setup()
     batches = iter(module.train_dataloader())
