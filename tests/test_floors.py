@@ -12,6 +12,7 @@ FLOORS = {
     "stencils": 0,
     "costs": 0,
     "objective": 0,
+    "distributed": 1,
     "optim": 0,
     "nets": 0,
     "data": 0,

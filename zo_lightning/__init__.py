@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zo_lightning.callbacks.gradient_free import GradientFree
     from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere
+    from zo_lightning.distributed import Distributed, ProcessLost, WeightsDiverged
     from zo_lightning.estimators import (
         Backprop,
         ForwardGradient,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "callbacks.gradient_free": ("GradientFree",),
     "directions": ("Coordinate", "Directions", "Gaussian", "LowRank", "Rademacher", "Sphere"),
+    "distributed": ("Distributed", "ProcessLost", "WeightsDiverged"),
     "estimators": (
         "Backprop",
         "ForwardGradient",
@@ -65,6 +67,7 @@ __all__ = [
     "Classifier",
     "Coordinate",
     "Directions",
+    "Distributed",
     "EstimatedGradient",
     "Evaluation",
     "ForwardDifference",
@@ -78,6 +81,7 @@ __all__ = [
     "Objective",
     "OneByOne",
     "PerExample",
+    "ProcessLost",
     "Rademacher",
     "Regressor",
     "ScalableCNN",
@@ -86,6 +90,7 @@ __all__ = [
     "Sphere",
     "Stencil",
     "TrainingDiverged",
+    "WeightsDiverged",
     "ZerothOrder",
 ]
 

@@ -33,6 +33,7 @@ from zo_lightning.cli_parser import (
     num_classes,
 )
 from zo_lightning.data import InMemoryDataModule
+from zo_lightning.distributed import ProcessLost, WeightsDiverged
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import Classifier, EstimatedGradient, TrainingDiverged
 from zo_lightning.modules.configured import configured
@@ -197,6 +198,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say what came out, and where to look at it."""
+        folder = self.trainer.log_dir  # a collective: asked on every rank
         if not self.trainer.is_global_zero or getattr(self.trainer, "fast_dev_run", False) or self.trainer.interrupted:
             return
         metrics = self.trainer.callback_metrics
@@ -207,9 +209,8 @@ class CLI(LightningCLI):
         if self.trainer.global_step > resumed_at and driver is not None:
             print(f"\n{reached} after {self.trainer.global_step:,} steps,", end=" ")
             print(f"{driver.forward_passes:,} forward passes of a batch.")
-        if self.trainer.logger is not None and self.trainer.log_dir is not None:
-            folder = Path(self.trainer.log_dir)
-            print(f"The run is in {folder}; to see its curves: tensorboard --logdir {folder.parent}")
+        if self.trainer.logger is not None and folder is not None:
+            print(f"The run is in {Path(folder)}; to see its curves: tensorboard --logdir {Path(folder).parent}")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -226,7 +227,7 @@ def main(args: list[str] | None = None) -> int:
         CLI(args)
     except UserError as error:
         return _fail(error, 2)
-    except (TrainingDiverged, MisconfigurationException) as error:
+    except (TrainingDiverged, WeightsDiverged, ProcessLost, MisconfigurationException) as error:
         return _fail(error, 1)
     return 0
 

@@ -108,7 +108,9 @@ class InMemoryDataModule(LightningDataModule, ABC):
         return TensorBatches(*self._subset(name), self.batch_size, rank=rank, world_size=world_size)
 
     def _rank_and_world_size(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        if self.trainer is None or not getattr(self.trainer.lightning_module, "splits_data", True):
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
 
     def _subset(self, name: str) -> tuple[Tensor, Tensor]:
         if not self._subsets:

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_lightning.directions import Direction, Directions, Gaussian, mix
+from zo_lightning.distributed import Distributed
 from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
-from zo_lightning.estimators.weight_space import average, draw, isotropic_cosine
+from zo_lightning.estimators.weight_space import Probe, average, draw, isotropic_cosine, shared
 from zo_lightning.objective import Objective, check_loss
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import DisplacedWeights, Recent, Weights
@@ -27,6 +29,7 @@ class ForwardGradient(GradientEstimator):
         directions: the distribution of ``u``.
         samples: ``q`` ≥ 1.
         seed: as in ``ZerothOrder``.
+        distributed: as in ``ZerothOrder``.
 
     Raises:
         ValueError: ``samples`` < 1; in ``backward``, also where no tangent reaches the loss, as through TorchScript,
@@ -36,6 +39,7 @@ class ForwardGradient(GradientEstimator):
     directions: Directions = field(default_factory=Gaussian)
     samples: int = 1
     seed: int | None = None
+    distributed: Distributed = field(default_factory=Distributed)
 
     can_be_lean = True
 
@@ -54,12 +58,14 @@ class ForwardGradient(GradientEstimator):
         objective.begin(mix(seed, step))
         weights = trained(objective, module)
 
-        def probes() -> Iterator[tuple[Direction, float, float]]:
-            for direction in draw(self.directions, weights, self.samples, seed, step, state, lean):
+        drawn = partial(draw, self.directions, weights, seed=seed, step=step, state=state, lean=lean)
+
+        def probes(directions: Iterator[Direction]) -> Iterator[Probe]:
+            for direction in directions:
                 yield direction, *_pushed(objective, weights, direction)
 
         with objective.guard():
-            return average(weights, probes(), self.samples)
+            return average(weights, shared(self.distributed, drawn, probes, self.samples, weights, step), self.samples)
 
 
 def _pushed(objective: Objective, weights: Weights, direction: Direction) -> tuple[float, float]:

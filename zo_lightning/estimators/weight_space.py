@@ -1,30 +1,72 @@
 """What estimators along random directions of all weights share: ``ĝ = (1/q) Σᵢ cᵢ uᵢ``."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from zo_lightning.directions import Coordinate, Direction, Directions
+from zo_lightning.distributed import Distributed, Probed, world_size
 from zo_lightning.estimators.base import Estimate
+from zo_lightning.objective import NonFiniteLoss
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Weights
 
+Probe = tuple[Direction, float, float]
+"""A direction ``uᵢ``, the loss and the slope ``cᵢ`` along it."""
+
 
 def draw(
-    directions: Directions, weights: Weights, samples: int, seed: int, step: int, state: State, lean: bool
+    directions: Directions, weights: Weights, indices: Iterable[int], seed: int, step: int, state: State, lean: bool
 ) -> Iterator[Direction]:
-    """The directions of one step, each drawn when it is its turn: at once, or lean, tensor by tensor on demand.
+    """Directions of a step by index, each drawn in its turn: at once, or lean, tensor by tensor on demand.
 
     All but the first, whose tensors become the estimate, are drawn into the same memory.
     """
-    for index in range(samples):
+    for index in indices:
         direction = directions.draw(weights, seed, step, index, weights.still)
         yield direction if lean else direction.hold(state.scratch("direction", weights) if index else None)
 
 
-def average(weights: Weights, probes: Iterable[tuple[Direction, float, float]], samples: int) -> Estimate:
+def shared(
+    distributed: Distributed,
+    drawn: Callable[[Sequence[int]], Iterator[Direction]],
+    probes: Callable[[Iterator[Direction]], Iterator[Probe]],
+    samples: int,
+    weights: Weights,
+    step: int,
+) -> Iterator[Probe]:
+    """Probe the ``samples`` directions of a step, with the help of other processes where there are any.
+
+    This process probes its part; then all directions are drawn again, and come with the losses and slopes of all.
+
+    Args:
+        distributed: which part is whose.
+        drawn: draws the directions of the given indices.
+        probes: asks for their losses and slopes.
+        samples: directions of the step.
+        weights: of this process.
+        step: the number of this training step.
+
+    Raises:
+        NonFiniteLoss: a loss of any process is NaN or infinite.
+    """
+    if world_size() == 1:
+        yield from probes(drawn(range(samples)))
+        return
+    own = distributed.own(samples)
+    probed: list[Probed] = []
+    try:
+        probed.extend((loss, slope) for _, loss, slope in probes(drawn(own)))
+    except NonFiniteLoss as error:  # the others learn of it with the losses
+        probed = [(error.value, error.value)] * len(own)
+    exchanged = distributed.exchange(probed, samples, weights, step)
+    for direction, (loss, slope) in zip(drawn(range(samples)), exchanged, strict=True):
+        yield direction, loss, slope
+
+
+def average(weights: Weights, probes: Iterable[Probe], samples: int) -> Estimate:
     """``(1/q) Σᵢ cᵢ uᵢ`` and the mean loss, from ``q`` triples (``uᵢ``, loss, ``cᵢ``); held tensors are used up."""
     total = 0.0
     gradients: list[Tensor] = []

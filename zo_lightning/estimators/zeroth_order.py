@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 
 from torch import nn
 from typing_extensions import Self
 
 from zo_lightning.directions import Direction, Directions, Sphere, mix
+from zo_lightning.distributed import Distributed
 from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
-from zo_lightning.estimators.weight_space import average, draw, isotropic_cosine
+from zo_lightning.estimators.weight_space import Probe, average, draw, isotropic_cosine, shared
 from zo_lightning.evaluation import Evaluation, OneByOne
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.state import State
@@ -38,6 +40,7 @@ class ZerothOrder(GradientEstimator):
             ``ForwardDifference`` q + 1.
         seed: of the directions and of dropout masks; None takes the one given to ``torch.manual_seed`` or
             ``seed_everything``.
+        distributed: how several processes share the work of a step.
 
     Raises:
         ValueError: ``samples`` < 1.
@@ -48,6 +51,7 @@ class ZerothOrder(GradientEstimator):
     evaluation: Evaluation = field(default_factory=OneByOne)
     samples: int = 1
     seed: int | None = None
+    distributed: Distributed = field(default_factory=Distributed)
 
     can_be_lean = True
 
@@ -74,13 +78,13 @@ class ZerothOrder(GradientEstimator):
         seed = resolve_seed(self.seed)
         objective.begin(mix(seed, step))
         weights = trained(objective, module)
-        directions = draw(self.directions, weights, self.samples, seed, step, state, lean)
+        drawn = partial(draw, self.directions, weights, seed=seed, step=step, state=state, lean=lean)
         offsets = self.stencil.offsets
 
-        def probes() -> Iterator[tuple[Direction, float, float]]:
+        def probes(directions: Iterator[Direction]) -> Iterator[Probe]:
             for direction, losses in self.evaluation.probes(objective, weights, directions, self.stencil, state):
                 loss = losses[offsets.index(0.0)] if 0.0 in offsets else fmean(losses)
                 yield direction, loss, self.stencil.slope(losses)
 
         with objective.guard():
-            return average(weights, probes(), self.samples)
+            return average(weights, shared(self.distributed, drawn, probes, self.samples, weights, step), self.samples)

@@ -16,8 +16,10 @@ from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from zo_lightning.costs import FlopMeter
-from zo_lightning.estimators import Backprop, GradientEstimator, ZerothOrder
+from zo_lightning.distributed import finite_everywhere
+from zo_lightning.estimators import GradientEstimator, ZerothOrder
 from zo_lightning.estimators.base import step_by_tensor
+from zo_lightning.modules.processes import check_processes, check_samplers, splits_data
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.optim import is_separable
 from zo_lightning.perturbed.state import State
@@ -80,8 +82,8 @@ class EstimatedGradient(_Module):
 
     Raises:
         TrainingDiverged: in ``training_step``, at the last of ``max_skipped_in_a_row`` skipped steps.
-        MisconfigurationException: at the start of ``fit``: several optimizers, 16-bit mixed precision, or a
-            forward-only estimator on several processes.
+        MisconfigurationException: at the start of ``fit``: several optimizers, 16-bit mixed precision, or
+            several processes and a strategy or an estimator that does not suit them.
     """
 
     estimator: GradientEstimator = ZerothOrder()
@@ -165,16 +167,23 @@ class EstimatedGradient(_Module):
             raise MisconfigurationException(
                 "precision 16-mixed scales the loss, which an estimate does not undo: use bf16-mixed or 32-true"
             )
-        if self.trainer.world_size > 1 and not isinstance(self.estimator, Backprop):
-            raise MisconfigurationException(
-                f"{type(self.estimator).__name__} lets {self.trainer.world_size} processes drift apart: use devices=1"
-            )
+        check_processes(self.trainer, self.estimator)
         if type(self.estimator_state) is not type(fresh := self.estimator.init(self)):
             self.estimator_state = fresh
         self._lean = self._chooses_lean()
         if self.mu_follows_lr:
             for group in self.trainer.optimizers[0].param_groups:
                 group.setdefault("initial_lr", group["lr"])
+
+    def on_train_start(self) -> None:
+        """Check that the data suit processes that split the directions."""
+        super().on_train_start()
+        check_samplers(self.trainer, self.estimator)
+
+    @property
+    def splits_data(self) -> bool:
+        """Whether each of several processes must be given a batch of its own."""
+        return splits_data(self.estimator)
 
     def on_validation_epoch_end(self) -> None:
         """Step the schedulers that watch a validation metric."""
@@ -366,6 +375,10 @@ class _TrainingStep(Objective):
                 if metric._update_count != count or id(metric) in wrapped  # a wrapper does not count
             ]
         return output
+
+    def differentiable(self) -> Tensor:
+        with finite_everywhere(self.module.device, self.module.global_step):  # type: ignore[arg-type]
+            return super().differentiable()
 
     def backpropagate(self, loss: Tensor) -> None:
         self.module.manual_backward(loss)  # type: ignore[operator]

@@ -1,0 +1,162 @@
+"""Several processes: seeds are known to all, numbers are exchanged, directions are replayed."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zo_lightning.objective import NonFiniteLoss
+
+Probed = tuple[float, float]
+"""The loss and the slope along a direction."""
+
+_UNASKED = (0.0, 0.0)
+
+
+class WeightsDiverged(RuntimeError):
+    """The weights of two processes are no longer equal."""
+
+
+class ProcessLost(RuntimeError):
+    """A process of the group is gone, or did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """How the work of a step is split over the processes of ``torch.distributed``; without a group it is all done here.
+
+    Every process holds all weights, and rebuilds the same ``ĝ = (1/q) Σᵢ cᵢ uᵢ``: directions are known from seed, step
+    and index, and only losses and slopes travel, in one ``all_gather`` a step. Of N ranks, each sends 16 bytes per
+    direction that it probes (Salimans et al., *Evolution strategies as a scalable alternative*, 2017).
+
+    Args:
+        split: ``"data"``: each rank probes all directions on a batch of its own, and slopes are averaged over ranks, as
+            ``DistributedDataParallel`` averages gradients. ``"directions"``: all ranks see the same batch, and rank r
+            probes directions r, r + N, ...; the weights are those of one process, bit for bit.
+        check_every: steps after which a hash of the weights is compared over the ranks.
+
+    Raises:
+        ValueError: ``split`` is neither, ``check_every`` < 1, or, in a step, there are fewer directions than ranks that
+            split them.
+        WeightsDiverged: in a step, on all ranks.
+        ProcessLost: in a step, where another rank has ended or is later than the group's timeout.
+    """
+
+    split: Literal["data", "directions"] = "data"
+    check_every: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.split not in ("data", "directions"):
+            raise ValueError(f"split must be 'data' or 'directions', got {self.split!r}")
+        if self.check_every < 1:
+            raise ValueError(f"check_every must be at least 1, got {self.check_every}")
+
+    def own(self, samples: int) -> Sequence[int]:
+        """The indices of the directions, of ``samples``, that this process probes."""
+        if self.split == "data":
+            return range(samples)
+        if samples < world_size():
+            raise ValueError(f"{world_size()} processes cannot split {samples} directions: take more samples")
+        return range(samples)[rank() :: world_size()]
+
+    def exchange(self, probed: Sequence[Probed], samples: int, weights: Sequence[Tensor], step: int) -> list[Probed]:
+        """The loss and the slope along every direction, equal on all ranks, from those that this one has ``probed``.
+
+        Args:
+            probed: along the directions of ``own``; not finite where a loss was not.
+            samples: directions of the step.
+            weights: of this process.
+            step: the number of this training step.
+
+        Raises:
+            NonFiniteLoss: on all ranks, where one has a number that is not finite.
+        """
+        most = samples if self.split == "data" else -(-samples // world_size())
+        digest = [float(fingerprint(weights))] if step % self.check_every == 0 else []
+        padding = [_UNASKED] * (most - len(probed))
+        sent = [number for pair in [*probed, *padding] for number in pair] + digest
+        received = gather(sent, weights[0].device, step)
+        if digest:
+            _compare([numbers.pop() for numbers in received], step)
+        for number in (number for numbers in received for number in numbers):
+            if not math.isfinite(number):
+                raise NonFiniteLoss(number)
+        pairs = [list(zip(numbers[::2], numbers[1::2], strict=True)) for numbers in received]
+        if self.split == "directions":
+            return [pairs[index % world_size()][index // world_size()] for index in range(samples)]
+        asked = zip(*pairs, strict=True)
+        return [(_mean([loss for loss, _ in ranks]), _mean([slope for _, slope in ranks])) for ranks in asked]
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return math.fsum(numbers) / len(numbers)
+
+
+def world_size() -> int:
+    """Processes in the group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process in the group; 0 without one."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather(numbers: Sequence[float], device: torch.device, step: int) -> list[list[float]]:
+    """The numbers of every rank, in float64; as many on each.
+
+    Raises:
+        ProcessLost: one has ended, or is later than the group's timeout.
+    """
+    place = device if dist.get_backend() == "nccl" else torch.device("cpu")
+    sent = torch.tensor(numbers, dtype=torch.float64, device=place)
+    received = [torch.empty_like(sent) for _ in range(world_size())]
+    try:
+        dist.all_gather(received, sent)
+    except RuntimeError as error:
+        raise ProcessLost(
+            f"rank {rank()} at step {step}: another process has ended or does not answer "
+            f"({str(error).splitlines()[0]}). Resume from the last checkpoint, on any number of processes"
+        ) from error
+    return [one.tolist() for one in received]
+
+
+def fingerprint(weights: Sequence[Tensor]) -> int:
+    """A hash of the values of tensors, of 48 bits: a float64 holds it exactly."""
+    digest = hashlib.blake2b(digest_size=6)
+    for p in weights:
+        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return int.from_bytes(digest.digest(), "big")
+
+
+@contextmanager
+def finite_everywhere(device: torch.device, step: int) -> Iterator[None]:
+    """Let a ``NonFiniteLoss`` of one rank be one of all, before any of them waits for the others' gradients."""
+    if world_size() == 1:
+        yield
+        return
+    mine: NonFiniteLoss | None = None
+    try:
+        yield
+    except NonFiniteLoss as error:
+        mine = error
+    values = [value for (value,) in gather([0.0 if mine is None else mine.value], device, step)]
+    if mine is not None:
+        raise mine
+    for value in values:
+        if not math.isfinite(value):
+            raise NonFiniteLoss(value)
+
+
+def _compare(digests: list[float], step: int) -> None:
+    if others := [str(k) for k, digest in enumerate(digests) if digest != digests[0]]:
+        raise WeightsDiverged(
+            f"at step {step} the weights of rank {', '.join(others)} differ from those of rank 0: the processes began "
+            "with different weights, or the step depends on something that they do not share"
+        )
