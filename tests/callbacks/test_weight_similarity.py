@@ -1,5 +1,7 @@
 from pathlib import Path
 
+from typing import Any
+
 import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -100,7 +102,7 @@ def test_low_precision_and_tied_weights(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_stop_nothing(reference: Path, tmp_path: Path) -> None:
-    module = classifier()
+    module: Any = classifier()
     with torch.no_grad():
         module.net[0].weight[0] = torch.nan
     module.max_skipped_in_a_row = 100

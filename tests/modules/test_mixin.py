@@ -438,3 +438,50 @@ def test_errors_name_what_does_not_fit(tmp_path: Path) -> None:
     module.validation_step = lambda batch: None  # type: ignore[method-assign,assignment]
     with pytest.raises(MisconfigurationException, match="watches 'val/loss', which was not logged"):
         trainer(tmp_path).fit(module)
+
+
+class OwnStep(EstimatedGradient, Net):
+    """The way most people would write it: the mixin and a training step in one class."""
+
+    estimator = ZerothOrder(samples=2, seed=0)
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        loss = F.mse_loss(self.net(batch), torch.ones(len(batch), 2))
+        self.log("loss", loss)
+        return loss
+
+
+class Further(OwnStep):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # type: ignore[override]
+        return super().training_step(batch) + 0.0
+
+
+@pytest.mark.parametrize("kind", [OwnStep, Further])
+def test_a_training_step_of_the_class_itself_is_estimated(kind: type[OwnStep], tmp_path: Path) -> None:
+    class Step(Net):
+        def training_step(self, batch: Tensor) -> Tensor:
+            return F.mse_loss(self.net(batch), torch.ones(len(batch), 2))
+
+    class Usual(EstimatedGradient, Step):
+        estimator = ZerothOrder(samples=2, seed=0)
+
+    ends = []
+    for module in (kind(), Usual()):
+        torch.manual_seed(7)
+        trainer(tmp_path).fit(module)
+        assert module.forward_passes == 16 * 4
+        ends.append(weights(module))
+    assert torch.equal(*ends)
+
+
+def test_the_mixin_comes_first() -> None:
+    with pytest.raises(TypeError, match=r"write EstimatedGradient first, class Wrong\(EstimatedGradient, Net\)"):
+        type("Wrong", (Net, EstimatedGradient), {})
+
+
+@pytest.mark.parametrize("options", [{"log_every_n_steps": 0}, {"barebones": True}])
+def test_a_trainer_that_logs_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    barebones = {"enable_checkpointing": False, "logger": False, "max_epochs": 1, "accelerator": "cpu", **options}
+    module = Estimated()
+    Trainer(default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False, **barebones).fit(module)
+    assert module.global_step == 8

@@ -17,7 +17,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from zo_lightning.callbacks.gradient_free import driver_of
 from zo_lightning.callbacks.reporting import log_scalars, tensorboards
 from zo_lightning.costs import FlopMeter
-from zo_lightning.modules.mixin import logs_now
+from zo_lightning.modules.training_step import logs_now
 
 AXES = "flops", "forward_passes", "seconds"
 _UNIT = {"flops": 1e6}  # TensorBoard's axis knows whole numbers up to 9e18 only

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zo_lightning.costs import FlopMeter
 from zo_lightning.estimators import Backprop, GradientEstimator, ZerothOrder
 from zo_lightning.modules import EstimatedGradient, TrainingDiverged
-from zo_lightning.modules.mixin import _TrainingStep, logs_now
+from zo_lightning.modules.training_step import TrainingStep, logs_now
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.state import State
 
@@ -107,7 +107,7 @@ class GradientFree(Callback):
 
         @wraps(training_step)  # Lightning reads the signature to know what to pass
         def estimate(*args: Any, **kwargs: Any) -> Any:
-            objective = _Step(partial(training_step, *args, **kwargs), pl_module)  # type: ignore[arg-type]
+            objective = _Step(partial(training_step, *args, **kwargs), pl_module)
             return self._estimate(objective, pl_module, args[0] if args else kwargs)
 
         @wraps(backward)
@@ -231,7 +231,7 @@ class _NoLoss(Exception):
     """``training_step`` returned None: Lightning skips the batch."""
 
 
-class _Step(_TrainingStep):
+class _Step(TrainingStep):
     """The loss of a module in automatic optimization."""
 
     def _run(self) -> Any:

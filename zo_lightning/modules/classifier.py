@@ -10,7 +10,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules.configured import configured
-from zo_lightning.modules.mixin import EstimatedGradient, logs_now
+from zo_lightning.modules.mixin import EstimatedGradient
+from zo_lightning.modules.training_step import logs_now
 from zo_lightning.optim import AdaMM
 
 Batch = tuple[Tensor, Tensor]

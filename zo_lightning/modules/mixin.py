@@ -2,39 +2,25 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchmetrics import Metric
-from torchmetrics.wrappers.abstract import WrapperMetric
+from torch import Tensor
 
 from zo_lightning.costs import FlopMeter
-from zo_lightning.distributed import finite_everywhere
 from zo_lightning.estimators import GradientEstimator, ZerothOrder
 from zo_lightning.estimators.base import step_by_tensor
 from zo_lightning.modules.processes import check_processes, check_samplers, splits_data
+from zo_lightning.modules.schedulers import SteppedSchedulers
+from zo_lightning.modules.training_step import TrainingStep, logs_now
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.optim import is_separable
 from zo_lightning.perturbed.state import State
-
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule as _Module
-else:
-    # A plain class, so that it also mixes into modules of the `lightning` package, whose base class is another one.
-    _Module = object
-
-
-class _Monitor(NamedTuple):
-    monitor: str
-    strict: bool
-
 
 _LARGE = 2**24
 """Weights from which on memory counts for more than the time to draw directions again."""
@@ -44,13 +30,7 @@ class TrainingDiverged(RuntimeError):
     """So many losses in a row were NaN or infinite that training on makes no sense."""
 
 
-def logs_now(module: _Module) -> bool:
-    """Whether Lightning passes the metrics of the present training step on to the loggers."""
-    trainer: Any = module.trainer
-    return (trainer.fit_loop.total_batch_idx + 1) % trainer.log_every_n_steps == 0
-
-
-class EstimatedGradient(_Module):
+class EstimatedGradient(SteppedSchedulers):
     """Mixin that trains a LightningModule, unchanged, by a gradient estimator instead of automatic optimization.
 
     Write it first among the bases and set ``estimator``: ``class ZONet(EstimatedGradient, LitNet): estimator = ...``.
@@ -102,8 +82,8 @@ class EstimatedGradient(_Module):
         self.estimated_objective: Objective | None = None
         self.estimator_state = State()
         self._lean = False
+        self._level: int | None = None  # of the training_step that runs, among those of the classes
         self._skipped_in_a_row = 0
-        self._monitors: dict[int, _Monitor] = {}
 
     @property
     def flops(self) -> float:
@@ -119,10 +99,29 @@ class EstimatedGradient(_Module):
         group = self.trainer.optimizers[0].param_groups[0]
         return mu * max(1e-3, group["lr"] / group["initial_lr"])
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let a class's own ``training_step`` be the loss that is estimated, as that of its bases is.
+
+        Raises:
+            TypeError: a base before the mixin has a ``training_step``, which would be trained by backpropagation.
+        """
+        super().__init_subclass__(**kwargs)
+        if "training_step" in vars(cls):
+            cls._own_step = cls.training_step  # type: ignore[attr-defined]
+            del cls.training_step
+        if cls.training_step is not EstimatedGradient.training_step:
+            others = ", ".join(base.__name__ for base in cls.__bases__ if base is not EstimatedGradient)
+            raise TypeError(
+                f"{cls.__name__} would be trained without its estimator: write EstimatedGradient first, "
+                f"class {cls.__name__}(EstimatedGradient, {others})"
+            )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Estimate the gradient of the underlying ``training_step``'s loss, and let the optimizer step."""
-        step = super().training_step
-        objective = _TrainingStep(lambda: step(*(batch, batch_idx)[: self._step_arity]), self)
+        if self._level is not None:  # a class's own training_step calls that of its bases
+            return self._underlying_step(*args, **kwargs)
+        batch, batch_idx = args
+        objective = TrainingStep(lambda: self._underlying_step(*args[: self._step_arity]), self)
         optimizer: Any = self.optimizers()
         self.estimated_objective = objective
         try:
@@ -142,18 +141,6 @@ class EstimatedGradient(_Module):
         if logs_now(self):
             self._log_estimator()
         return objective.output
-
-    def configure_optimizers(self) -> Any:
-        """Keep what Lightning ignores under manual optimization: which metric a plateau scheduler watches."""
-        configured: Any = super().configure_optimizers()
-        self._monitors = {}
-        if isinstance(configured, Mapping) and configured.get("lr_scheduler") is not None:
-            scheduler = self._without_monitor(configured["lr_scheduler"], configured.get("monitor"))
-            return {**configured, "lr_scheduler": scheduler}
-        if isinstance(configured, tuple | list) and len(configured) == 2 and isinstance(configured[0], list):
-            schedulers = configured[1] if isinstance(configured[1], list) else [configured[1]]
-            return configured[0], [self._without_monitor(scheduler) for scheduler in schedulers]
-        return configured
 
     def on_fit_start(self) -> None:
         """Check that the trainer's settings suit an estimator."""
@@ -185,18 +172,6 @@ class EstimatedGradient(_Module):
         """Whether each of several processes must be given a batch of its own."""
         return splits_data(self.estimator)
 
-    def on_validation_epoch_end(self) -> None:
-        """Step the schedulers that watch a validation metric."""
-        super().on_validation_epoch_end()
-        if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
-            self._step_plateau_schedulers()
-
-    def on_train_epoch_end(self) -> None:
-        """Step the schedulers that watch a metric, where there is no validation."""
-        super().on_train_epoch_end()
-        if not self.trainer.enable_validation:
-            self._step_plateau_schedulers()
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what was spent so far."""
         super().on_save_checkpoint(checkpoint)
@@ -220,13 +195,28 @@ class EstimatedGradient(_Module):
         if saved:
             self.estimator_state.load_state_dict(saved["estimator"])
 
+    def _underlying_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The ``training_step`` that there would be without the mixin; within one, that of the bases."""
+        level, steps = self._level or 0, self._steps
+        self._level = level + 1
+        try:
+            return steps[level](*args, **kwargs)
+        finally:
+            self._level = level or None
+
+    @property
+    def _steps(self) -> list[Callable[..., Any]]:
+        """The underlying ``training_step`` of each class that has one of its own, and last that of the other bases."""
+        own = [partial(vars(c)["_own_step"], self) for c in type(self).__mro__ if "_own_step" in vars(c)]
+        return [*own, super().training_step]
+
     @cached_property
     def _step_arity(self) -> int:
         """How many of (batch, batch_idx) the underlying ``training_step`` takes."""
-        parameters = inspect.signature(super().training_step).parameters.values()
+        parameters = inspect.signature(self._steps[0]).parameters.values()
         return 2 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else min(2, len(parameters))
 
-    def _estimate(self, objective: "_TrainingStep", optimizer: Any, batch: Any) -> Tensor:
+    def _estimate(self, objective: "TrainingStep", optimizer: Any, batch: Any) -> Tensor:
         """What the optimizer's closure does: fill ``.grad``, or step by each tensor of it; returns the loss."""
         estimator = self.estimator if self.mu is None else self.estimator.with_mu(self.mu)
         if self._described[0] is not self.estimator:
@@ -294,42 +284,6 @@ class EstimatedGradient(_Module):
             raise MisconfigurationException(f"memory='lean': {'; '.join(against)}. Take memory='full'")
         return True
 
-    def _without_monitor(self, config: Any, default: str | None = None) -> dict[str, Any]:
-        config = dict(config) if isinstance(config, Mapping) else {"scheduler": config}
-        on_plateau = config.pop("reduce_on_plateau", isinstance(config["scheduler"], ReduceLROnPlateau))
-        monitor, strict = config.pop("monitor", default), config.pop("strict", True)
-        if not on_plateau:
-            return config
-        if monitor is None:
-            raise MisconfigurationException(
-                f"{type(config['scheduler']).__name__} needs to know the metric it watches: "
-                "configure_optimizers must give {'scheduler': ..., 'monitor': 'val/loss'} or the like"
-            )
-        self._monitors[id(config["scheduler"])] = _Monitor(monitor, strict)
-        return config
-
-    def _step_schedulers(self, batch_idx: int) -> None:
-        """Step what Lightning would have stepped at this moment, if optimization were automatic."""
-        ends_epoch = self.trainer.is_last_batch or batch_idx + 1 >= self.trainer.num_training_batches
-        for config in self.trainer.lr_scheduler_configs:
-            count = batch_idx + 1 if config.interval == "step" else self.current_epoch + 1
-            due = (config.interval == "step" or ends_epoch) and count % config.frequency == 0
-            if due and id(config.scheduler) not in self._monitors:
-                self.lr_scheduler_step(config.scheduler, None)
-
-    def _step_plateau_schedulers(self) -> None:
-        metrics = self.trainer.callback_metrics
-        for config in self.trainer.lr_scheduler_configs:
-            watched = self._monitors.get(id(config.scheduler))
-            if watched is None or (self.current_epoch + 1) % config.frequency:
-                continue
-            if watched.monitor in metrics:
-                self.lr_scheduler_step(config.scheduler, metrics[watched.monitor])
-            elif watched.strict:
-                raise MisconfigurationException(
-                    f"ReduceLROnPlateau watches {watched.monitor!r}, which was not logged; there are {sorted(metrics)}"
-                )
-
     def _log_estimator(self) -> None:
         metrics = {
             "lr": float(self.trainer.optimizers[0].param_groups[0]["lr"]),
@@ -341,83 +295,6 @@ class EstimatedGradient(_Module):
         if self.mu is not None:
             metrics["mu"] = self.mu
         self.log_dict(metrics)
-
-
-class _TrainingStep(Objective):
-    """The loss of a LightningModule's ``training_step``: its first forward pass counts, further ones are silent."""
-
-    def __init__(self, training_step: Callable[[], Any], module: EstimatedGradient) -> None:
-        super().__init__(self._loss, module)
-        self.training_step = training_step
-        self.output: Any = None
-        self._touched: list[Metric] | None = None  # by the first forward pass
-
-    def _loss(self) -> Tensor:
-        output = self._run()
-        return output["loss"] if isinstance(output, Mapping) else output
-
-    def per_example(self) -> Tensor:
-        output = self._run()
-        return output.get("losses", output["loss"]) if isinstance(output, Mapping) else output
-
-    def _run(self) -> Any:
-        if self._touched is not None:
-            with _silent(self.module, self._touched):
-                output = self.training_step()
-        else:
-            metrics = [metric for metric in self.module.modules() if isinstance(metric, Metric)]
-            counts = [metric._update_count for metric in metrics]
-            output = self.output = self.training_step()
-            wrapped = {id(inner) for m in metrics if isinstance(m, WrapperMetric) for inner in m.modules()}
-            self._touched = [
-                metric
-                for metric, count in zip(metrics, counts, strict=True)
-                if metric._update_count != count or id(metric) in wrapped  # a wrapper does not count
-            ]
-        return output
-
-    def differentiable(self) -> Tensor:
-        with finite_everywhere(self.module.device, self.module.global_step):  # type: ignore[arg-type]
-            return super().differentiable()
-
-    def backpropagate(self, loss: Tensor) -> None:
-        self.module.manual_backward(loss)  # type: ignore[operator]
-
-    def replace_loss(self, loss: Tensor) -> None:
-        """Put the estimator's loss in the place of the first forward pass's, in the form ``training_step`` chose."""
-        self.output = {**self.output, "loss": loss} if isinstance(self.output, Mapping) else loss
-
-
-def _no_log(*_: Any, **__: Any) -> None:
-    pass
-
-
-@contextmanager
-def _silent(module: nn.Module, metrics: list[Metric]) -> Iterator[None]:
-    """Let ``self.log`` do nothing, ``metrics`` forget what they see, and the module what changes its own attributes.
-
-    Those are public ones that are numbers, strings or containers: a list of outputs, a counter, a running mean.
-    """
-    states = [{name: _copy(value) for name, value in vars(metric).items()} for metric in metrics]
-    attributes = vars(module)
-    before = {name: value for name, value in attributes.items() if not name.startswith("_")}
-    contents = [(value, value.copy()) for value in before.values() if type(value) in (list, dict, set)]
-    attributes.update(log=_no_log, log_dict=_no_log)
-    try:
-        yield
-    finally:
-        for name in [name for name in attributes if not name.startswith("_") and name not in before]:
-            del attributes[name]
-        attributes.update(before)
-        for container, content in contents:
-            container.clear()
-            container.extend(content) if type(container) is list else container.update(content)
-        for metric, state in zip(metrics, states, strict=True):
-            vars(metric).update(state)
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value.copy() if type(value) is list else value
 
 
 def _overrides(obj: Any, name: str, base: type) -> bool:
