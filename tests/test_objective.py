@@ -180,3 +180,10 @@ def test_a_padding_row_stays_where_it_is() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert not net[0].weight[0].any() and bool((net[0].weight[1:] != 0).all())  # type: ignore[index]
+
+
+def test_a_buffer_that_is_an_expanded_view_is_left_alone() -> None:
+    net = nn.Linear(2, 1)
+    net.register_buffer("ones", torch.ones(1).expand(3))
+    ZerothOrder(seed=0).backward(lambda: net(torch.ones(1, 2)).sum() * net.ones.sum(), net, 0)  # type: ignore[operator,union-attr]
+    assert net.weight.grad is not None

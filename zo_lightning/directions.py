@@ -264,10 +264,10 @@ class LowRank(Directions):
             raise ValueError(f"rank must be at least 1, got {self.rank}")
 
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
-        if place.ndim < 2:
+        if direction.weights[position].ndim < 2:
             self._normal(place, direction, position)
             return
-        m, n = place.shape[0], place[0].numel()
+        m, n = place.shape[0], math.prod(place.shape[1:])
         factors = torch.empty(m + n, self.rank, device=place.device)
         self._normal(factors, direction, position)
         place.copy_((factors[:m] @ factors[m:].T).div_(math.sqrt(self.rank)).view(place.shape))

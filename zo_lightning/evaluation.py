@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from zo_lightning.directions import Direction
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.state import State
-from zo_lightning.perturbed.weights import Weights
+from zo_lightning.perturbed.weights import Recent, Weights
 from zo_lightning.stencils import Stencil
 
 Probe = tuple[Direction, tuple[float, ...]]
@@ -39,7 +39,8 @@ class OneByOne(Evaluation):
         """Yield one direction after the other, each drawn when it is its turn."""
         centre = None
         if 0.0 in stencil.offsets:  # watched as the others are: some of PyTorch's functions then round differently
-            centre = state.loss_at(objective, weights, weights.__getitem__)
+            here = Recent(weights, lambda k: weights[k].detach().clone().requires_grad_())  # a loss may write into it
+            centre = state.loss_at(objective, weights, here)
         for direction in directions:
             losses = []
             for offset in stencil.offsets:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -32,14 +32,18 @@ class Objective:
         loss: returns the loss at the module's present weights, or the loss of each example, [B], whose mean it is.
         module: owns the weights and buffers.
         seed: of the random numbers that ``loss`` itself draws, such as dropout masks.
+        inputs: tensors that a pass may write into, and that the next one must find as they were.
 
     Attributes:
         forward_passes: what the calls so far cost, in forward passes of the batch.
         seen: the losses [B] that the passes of one estimate gave, where they were asked by ``losses``.
     """
 
-    def __init__(self, loss: Callable[[], Tensor], module: nn.Module, seed: int = 0) -> None:
+    def __init__(
+        self, loss: Callable[[], Tensor], module: nn.Module, seed: int = 0, inputs: Sequence[Tensor] = ()
+    ) -> None:
         self.loss = loss
+        self.inputs = inputs
         self.module = module
         self.seed = seed
         self.forward_passes = 0
@@ -47,8 +51,8 @@ class Objective:
         self._cost = 0
         self._buffers = _Buffers(module)
         self._after_first: _Buffers | None = None
-        self._frozen: dict[int, Tensor] | None = None  # by the address of their memory
-        self._written: dict[int, tuple[Tensor, Tensor]] = {}  # frozen weights that the loss has changed, as they were
+        self._kept: dict[int, list[Tensor]] | None = None  # frozen weights and inputs, by the address of their memory
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}  # those that the loss has changed, as they were
         self._moved: list[tuple[Tensor, Tensor]] = []  # as the first probe left them
         self._guarded = False
         self._generators = [torch.default_generator]
@@ -157,21 +161,22 @@ class Objective:
         loss.backward()
 
     def commit(self) -> None:
-        """Keep what the first probe did to buffers and frozen weights, as if it had been the step's only pass."""
+        """Keep what the first probe did to buffers, frozen weights and inputs, as if it had been the only pass."""
         if self._after_first is not None:
             self._after_first.restore()
         for p, value in self._moved:
             p.copy_(value)
 
     def before_write(self, tensor: Any) -> None:
-        """Note that the loss is about to write into a tensor: if that is a frozen weight, it is put back later."""
+        """Note that the loss is about to write into a tensor: frozen weights and inputs are put back later."""
         if not isinstance(tensor, Tensor):
             return
-        if self._frozen is None:
-            self._frozen = {_address(p): p for p in self.module.parameters() if not p.requires_grad}
-        p = self._frozen.get(_address(tensor)) if self._frozen else None
-        if p is not None and id(p) not in self._written:
-            self._written[id(p)] = p, p.detach().clone()
+        if self._kept is None:
+            self._kept = {}
+            for kept in (*(p for p in self.module.parameters() if not p.requires_grad), *self.inputs):
+                self._kept.setdefault(_address(kept), []).append(kept)
+        for kept in self._kept.get(_address(tensor), ()) if self._kept else ():
+            self._written.setdefault(id(kept), (kept, kept.detach().clone()))
 
     def _after_probe(self) -> None:
         first = self._after_first is None
@@ -218,7 +223,8 @@ class _Buffers:
         with torch.no_grad():
             for owner, name, buffer, value in self._saved:
                 owner[name] = buffer
-                buffer.copy_(value)
+                if not _overlaps(buffer):  # which nothing in PyTorch can write into
+                    buffer.copy_(value)
 
 
 class _RandomState:
@@ -240,6 +246,13 @@ def _seed(generators: list[torch.Generator], seed: int) -> None:
         generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether numbers of a tensor share their place in memory, as in an expanded view."""
+    if tensor.layout != torch.strided:
+        return False
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _address(tensor: Tensor) -> int:

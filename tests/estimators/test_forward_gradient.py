@@ -47,3 +47,10 @@ def test_a_loss_that_drops_the_tangents_is_refused() -> None:
     assert net.weight.grad is None
     ZerothOrder(seed=0).backward(loss, net, 0)
     assert net.weight.grad is not None and net.weight.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_torchscript_is_refused() -> None:
+    net = nn.Sequential(torch.jit.script(nn.Linear(3, 4)), nn.Linear(4, 1))
+    with pytest.raises(ValueError, match="cannot see through TorchScript"):
+        ForwardGradient(seed=0).backward(lambda: net(torch.ones(2, 3)).sum(), net, 0)

@@ -265,12 +265,12 @@ def test_mu_follows_the_learning_rate_down_to_a_floor(tmp_path: Path) -> None:
     seen: list[float | None] = []
 
     class Watch(Callback):
-        def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
+        def on_train_epoch_start(self, trainer: Trainer, module: Any) -> None:
             seen.append(module.mu)
 
     module.plateau = True
     trainer(tmp_path, max_epochs=12, callbacks=[Watch()]).fit(module)
-    assert seen == pytest.approx([1e-3 / 2**halvings for halvings in range(1, 10)] + 3 * [1e-6])
+    assert seen == pytest.approx([1e-3 / 2**halvings for halvings in range(10)] + 2 * [1e-6])
 
 
 def test_what_the_training_step_keeps_grows_once_a_step(tmp_path: Path) -> None:
@@ -485,3 +485,149 @@ def test_a_trainer_that_logs_nothing(options: dict[str, Any], tmp_path: Path) ->
     module = Estimated()
     Trainer(default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False, **barebones).fit(module)
     assert module.global_step == 8
+
+
+def both(step: Any, path: Path, **options: Any) -> tuple[Any, Any]:
+    """A module with a training step of its own, trained by one direction, and the same without what it does besides."""
+
+    class Own(EstimatedGradient, Net):
+        estimator = ZerothOrder(seed=0)
+        training_step = step
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+    class Plain(EstimatedGradient, Net):
+        estimator = ZerothOrder(seed=0)
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            return F.mse_loss(self.net(batch), torch.ones(len(batch), 2))
+
+    modules: Any = Own(), Plain()
+    for module in modules:
+        torch.manual_seed(7)
+        trainer(path, max_epochs=1, limit_val_batches=0, **options).fit(module)
+    return modules
+
+
+def test_a_loss_that_reads_what_it_changes_is_the_same_at_all_points(tmp_path: Path) -> None:
+    def step(self: Any, batch: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean.update(torch.tensor(float(self.calls)))
+        drift = self.calls + self.mean.compute()  # equal at both points, so that no slope sees it
+        return F.mse_loss(self.net(batch), torch.ones(len(batch), 2)) + drift
+
+    own, plain = both(step, tmp_path)
+    assert own.calls == 8
+    # Losses are up to 15 larger, and rounded to 2e-6 in place of 1e-7; a slope is divided by 2e-3, a step is 1e-2.
+    assert torch.allclose(weights(own), weights(plain), rtol=0, atol=5e-3)
+
+
+def test_every_pass_gets_the_batch_as_it_was(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    def step(self: Any, batch: Tensor) -> Tensor:
+        seen.append(batch.clone())
+        loss = F.mse_loss(self.net(batch), torch.ones(len(batch), 2))
+        batch.mul_(2.0)
+        return loss
+
+    own, plain = both(step, tmp_path)
+    assert len(seen) == 16
+    assert all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))
+    assert torch.equal(weights(own), weights(plain))
+
+
+def test_a_batch_that_is_taken_apart_is_whole_for_every_pass(tmp_path: Path) -> None:
+    class Pops(EstimatedGradient, Net):
+        estimator = ZerothOrder(seed=0)
+
+        def training_step(self, batch: list[Tensor]) -> Tensor:
+            x = batch.pop()
+            assert not batch
+            return F.mse_loss(self.net(x), torch.ones(len(x), 2))
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(RandomDataset(32, 32), batch_size=8, collate_fn=lambda rows: [torch.stack(rows)])
+
+    fit = trainer(tmp_path, max_epochs=1, limit_val_batches=0)
+    fit.fit(Pops())
+    assert fit.global_step == 4
+
+
+def test_a_validation_step_may_call_the_training_step(tmp_path: Path) -> None:
+    class Shares(EstimatedGradient, Net):
+        estimator = ZerothOrder(seed=0)
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            return F.mse_loss(self.net(batch), torch.ones(len(batch), 2))
+
+        def validation_step(self, batch: Tensor) -> None:
+            before = weights(self.net)
+            self.log("val/loss", self.training_step(batch))
+            assert torch.equal(weights(self.net), before)
+
+    module = Shares()
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(module)
+    assert fit.global_step == 8
+    trainer(tmp_path).validate(module, verbose=False)
+
+
+def test_a_training_step_without_a_loss_leaves_the_batch_out(tmp_path: Path) -> None:
+    class Some(EstimatedGradient, Net):
+        estimator = ZerothOrder(seed=0)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+            return None if batch_idx % 2 else F.mse_loss(self.net(batch), torch.ones(len(batch), 2))
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.before = weights(self.net)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            assert torch.equal(weights(self.net), self.before) is bool(batch_idx % 2)
+
+    module = Some()
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(module)
+    assert module.skipped_steps == 0
+
+
+def test_a_hook_of_the_class_itself_stands_against_lean_memory(tmp_path: Path) -> None:
+    class Looks(Large):
+        memory = "lean"
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            pass
+
+    with pytest.raises(MisconfigurationException, match="on_before_optimizer_step of Looks may ask"):
+        trainer(tmp_path, max_epochs=1).fit(Looks())
+
+
+@pytest.mark.parametrize(
+    ("options", "monitor", "form"),
+    [
+        ({"val_check_interval": 2}, "val/loss", "dict"),
+        ({}, "loss_epoch", "dict"),
+        ({}, "val/loss", "list"),
+    ],
+)
+def test_plateaus_are_looked_for_when_automatic_optimization_does(
+    options: dict[str, Any], monitor: str, form: str, tmp_path: Path
+) -> None:
+    class Plateau(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1e-2)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, threshold=10.0)
+            one = {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+            return [one] if form == "list" else one
+
+    class Ours(EstimatedGradient, Plateau):
+        estimator = Backprop()
+
+    rates = []
+    for module in (Plateau(), Ours()):
+        trainer(tmp_path, max_epochs=4, **options).fit(module)
+        rates.append(module.rates)
+    assert rates[0] == rates[1]
+    assert rates[0][-1] < 1e-2

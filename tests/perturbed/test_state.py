@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_lightning import CentralDifference, NonFiniteLoss, Objective, Rademacher, ZerothOrder
+from zo_lightning import CentralDifference, ForwardDifference, NonFiniteLoss, Objective, Rademacher, ZerothOrder
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Weights
 
@@ -141,3 +141,11 @@ def test_memory_is_kept_until_the_weights_change() -> None:
     assert not any(a is b for a in first for b in state.scratch("direction", Weights.of(net)))
     net.double()
     assert [t.dtype for t in state.scratch("points", Weights.of(net))] == [torch.float64] * 2
+
+
+def test_a_loss_that_writes_into_weights_changes_none_at_any_offset() -> None:
+    for stencil in (ForwardDifference(1e-3), CentralDifference(1e-3)):
+        net = nn.Sequential(nn.Embedding(4, 3, max_norm=0.5), nn.Flatten(), nn.Linear(6, 1))
+        before = [p.detach().clone() for p in net.parameters()]
+        ZerothOrder(stencil=stencil, seed=0).backward(lambda net=net: net(torch.tensor([[0, 1]])).sum(), net, 0)
+        assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zo_lightning.costs import FlopMeter
 from zo_lightning.estimators import Backprop, GradientEstimator, ZerothOrder
 from zo_lightning.modules import EstimatedGradient, TrainingDiverged
-from zo_lightning.modules.training_step import TrainingStep, logs_now
+from zo_lightning.modules.training_step import NoLoss, TrainingStep, logs_now
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.state import State
 
@@ -107,7 +107,7 @@ class GradientFree(Callback):
 
         @wraps(training_step)  # Lightning reads the signature to know what to pass
         def estimate(*args: Any, **kwargs: Any) -> Any:
-            objective = _Step(partial(training_step, *args, **kwargs), pl_module)
+            objective = _Step(training_step, pl_module, *args, **kwargs)
             return self._estimate(objective, pl_module, args[0] if args else kwargs)
 
         @wraps(backward)
@@ -189,7 +189,7 @@ class GradientFree(Callback):
                 objective.commit()
                 objective.replace_loss(estimate.loss)
                 self._gradients = estimate.gradients
-        except _NoLoss:
+        except NoLoss:
             return None
         except NonFiniteLoss as error:
             self._skip(error, module.global_step)
@@ -227,18 +227,8 @@ def driver_of(trainer: Trainer, module: LightningModule) -> EstimatedGradient | 
     return next((callback for callback in callbacks if isinstance(callback, GradientFree)), None)
 
 
-class _NoLoss(Exception):
-    """``training_step`` returned None: Lightning skips the batch."""
-
-
 class _Step(TrainingStep):
     """The loss of a module in automatic optimization."""
-
-    def _run(self) -> Any:
-        output = super()._run()
-        if output is None:
-            raise _NoLoss
-        return output
 
     def forward(self) -> None:
         """Run the step once with its graph, for backpropagation."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -57,6 +58,9 @@ class ForwardGradient(GradientEstimator):
         seed = resolve_seed(self.seed)
         objective.begin(mix(seed, step))
         weights = trained(objective, module)
+        scripted = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]
+        if any(p.requires_grad for m in scripted for p in m.parameters()):
+            raise ValueError("ForwardGradient cannot see through TorchScript: freeze its weights, or take ZerothOrder")
 
         drawn = partial(draw, self.directions, weights, seed=seed, step=step, state=state, lean=lean)
 

@@ -17,7 +17,7 @@ from zo_lightning.estimators import GradientEstimator, ZerothOrder
 from zo_lightning.estimators.base import step_by_tensor
 from zo_lightning.modules.processes import check_processes, check_samplers, splits_data
 from zo_lightning.modules.schedulers import SteppedSchedulers
-from zo_lightning.modules.training_step import TrainingStep, logs_now
+from zo_lightning.modules.training_step import NoLoss, TrainingStep, logs_now
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.optim import is_separable
 from zo_lightning.perturbed.state import State
@@ -96,7 +96,10 @@ class EstimatedGradient(SteppedSchedulers):
         mu = self.estimator.mu
         if mu is None or not self.mu_follows_lr:
             return mu
-        group = self.trainer.optimizers[0].param_groups[0]
+        try:
+            group = self.trainer.optimizers[0].param_groups[0]
+        except RuntimeError:  # no trainer yet
+            return mu
         return mu * max(1e-3, group["lr"] / group["initial_lr"])
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -118,10 +121,11 @@ class EstimatedGradient(SteppedSchedulers):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Estimate the gradient of the underlying ``training_step``'s loss, and let the optimizer step."""
-        if self._level is not None:  # a class's own training_step calls that of its bases
+        # A class's own training_step calls that of its bases; a validation_step may call it for the loss.
+        if self._level is not None or not self.trainer.training:
             return self._underlying_step(*args, **kwargs)
         batch, batch_idx = args
-        objective = TrainingStep(lambda: self._underlying_step(*args[: self._step_arity]), self)
+        objective = TrainingStep(self._underlying_step, self, *args[: self._step_arity])
         optimizer: Any = self.optimizers()
         self.estimated_objective = objective
         try:
@@ -200,7 +204,7 @@ class EstimatedGradient(SteppedSchedulers):
         level, steps = self._level or 0, self._steps
         self._level = level + 1
         try:
-            return steps[level](*args, **kwargs)
+            return steps[min(level, len(steps) - 1)](*args, **kwargs)  # the last one may call itself
         finally:
             self._level = level or None
 
@@ -208,13 +212,17 @@ class EstimatedGradient(SteppedSchedulers):
     def _steps(self) -> list[Callable[..., Any]]:
         """The underlying ``training_step`` of each class that has one of its own, and last that of the other bases."""
         own = [partial(vars(c)["_own_step"], self) for c in type(self).__mro__ if "_own_step" in vars(c)]
-        return [*own, super().training_step]
+        of_bases = super().training_step
+        is_default = of_bases.__func__ is LightningModule.training_step
+        return own if own and is_default else [*own, of_bases]
 
     @cached_property
     def _step_arity(self) -> int:
         """How many of (batch, batch_idx) the underlying ``training_step`` takes."""
         parameters = inspect.signature(self._steps[0]).parameters.values()
-        return 2 if any(p.kind is p.VAR_POSITIONAL for p in parameters) else min(2, len(parameters))
+        if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            return 2
+        return min(2, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters))
 
     def _estimate(self, objective: "TrainingStep", optimizer: Any, batch: Any) -> Tensor:
         """What the optimizer's closure does: fill ``.grad``, or step by each tensor of it; returns the loss."""
@@ -241,6 +249,9 @@ class EstimatedGradient(SteppedSchedulers):
         except NonFiniteLoss as error:
             self._skip(error)
             return torch.tensor(error.value)
+        except NoLoss:
+            objective.output = None
+            return torch.zeros(())
         self._skipped_in_a_row = 0
         objective.replace_loss(loss)
         return loss
@@ -263,7 +274,7 @@ class EstimatedGradient(SteppedSchedulers):
         trainer: Any = self.trainer
         optimizer = trainer.optimizers[0]
         hooks = [type(c).__name__ for c in trainer.callbacks if _overrides(c, "on_before_optimizer_step", Callback)]
-        if _overrides(super(), "on_before_optimizer_step", LightningModule):
+        if _overrides(self, "on_before_optimizer_step", LightningModule):
             hooks.append(type(self).__name__)
         against = [
             reason

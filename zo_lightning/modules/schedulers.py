@@ -29,6 +29,8 @@ class SteppedSchedulers(_Module):
         """Keep what Lightning ignores under manual optimization: which metric a plateau scheduler watches."""
         configured: Any = super().configure_optimizers()
         self._monitors = {}
+        if isinstance(configured, tuple | list) and len(configured) == 1 and isinstance(configured[0], Mapping):
+            configured = configured[0]
         if isinstance(configured, Mapping) and configured.get("lr_scheduler") is not None:
             scheduler = self._without_monitor(configured["lr_scheduler"], configured.get("monitor"))
             return {**configured, "lr_scheduler": scheduler}
@@ -38,16 +40,15 @@ class SteppedSchedulers(_Module):
         return configured
 
     def on_validation_epoch_end(self) -> None:
-        """Step the schedulers that watch a validation metric."""
+        """Step the schedulers by step that watch a metric, as often as there is a validation."""
         super().on_validation_epoch_end()
         if not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
-            self._step_plateau_schedulers()
+            self._step_plateau_schedulers("step", self.trainer.fit_loop.epoch_loop.batch_idx)
 
     def on_train_epoch_end(self) -> None:
-        """Step the schedulers that watch a metric, where there is no validation."""
+        """Step the schedulers by epoch that watch a metric."""
         super().on_train_epoch_end()
-        if not self.trainer.enable_validation:
-            self._step_plateau_schedulers()
+        self._step_plateau_schedulers("epoch", self.current_epoch)
 
     def _without_monitor(self, config: Any, default: str | None = None) -> dict[str, Any]:
         config = dict(config) if isinstance(config, Mapping) else {"scheduler": config}
@@ -72,15 +73,15 @@ class SteppedSchedulers(_Module):
             if due and id(config.scheduler) not in self._monitors:
                 self.lr_scheduler_step(config.scheduler, None)
 
-    def _step_plateau_schedulers(self) -> None:
-        metrics = self.trainer.callback_metrics
+    def _step_plateau_schedulers(self, interval: str, index: int) -> None:
+        metrics, every = self.trainer.callback_metrics, self.trainer.check_val_every_n_epoch or 1
         for config in self.trainer.lr_scheduler_configs:
             watched = self._monitors.get(id(config.scheduler))
-            if watched is None or (self.current_epoch + 1) % config.frequency:
+            if watched is None or config.interval != interval or (index + 1) % config.frequency:
                 continue
             if watched.monitor in metrics:
                 self.lr_scheduler_step(config.scheduler, metrics[watched.monitor])
-            elif watched.strict:
+            elif watched.strict and self.current_epoch + 1 >= every:  # before the first validation there is nothing
                 raise MisconfigurationException(
                     f"ReduceLROnPlateau watches {watched.monitor!r}, which was not logged; there are {sorted(metrics)}"
                 )

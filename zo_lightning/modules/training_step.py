@@ -1,13 +1,11 @@
 """The loss of a LightningModule, safe to ask again: one pass of a training step counts, the others leave no trace."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.wrappers.abstract import WrapperMetric
 
 from zo_lightning.distributed import finite_everywhere
 from zo_lightning.objective import Objective
@@ -20,14 +18,30 @@ def logs_now(module: Any) -> bool:
     return every > 0 and (trainer.fit_loop.total_batch_idx + 1) % every == 0
 
 
-class TrainingStep(Objective):
-    """The loss of a LightningModule's ``training_step``: its first forward pass counts, further ones are silent."""
+class NoLoss(Exception):
+    """A training step returned None: Lightning's way to leave a batch out."""
 
-    def __init__(self, training_step: Callable[[], Any], module: LightningModule) -> None:
-        super().__init__(self._loss, module)
-        self.training_step = training_step
+
+class TrainingStep(Objective):
+    """The loss of a LightningModule's ``training_step``: its first forward pass counts, further ones leave no trace.
+
+    Every pass begins where the step began: with the batch, the metrics and the module's public attributes as they were.
+    Afterwards they are as the first pass left them.
+
+    Args:
+        training_step: asked for the loss.
+        module: whose it is.
+        args: of the training step: the batch and its index, as far as it takes them.
+        kwargs: of the training step.
+    """
+
+    def __init__(
+        self, training_step: Callable[..., Any], module: LightningModule, /, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(self._loss, module, inputs=list(_tensors((args, kwargs))))
+        self.training_step, self.args, self.kwargs = training_step, args, kwargs
         self.output: Any = None
-        self._touched: list[Metric] | None = None  # by the first forward pass
+        self._start: _Attributes | None = None
 
     def _loss(self) -> Tensor:
         output = self._run()
@@ -39,19 +53,27 @@ class TrainingStep(Objective):
         return output.get("losses", output["loss"]) if isinstance(output, Mapping) else output
 
     def _run(self) -> Any:
-        if self._touched is not None:
-            with _silent(self.module, self._touched):
-                output = self.training_step()
-        else:
-            metrics = [metric for metric in self.module.modules() if isinstance(metric, Metric)]
-            counts = [metric._update_count for metric in metrics]
-            output = self.output = self.training_step()
-            wrapped = {id(inner) for m in metrics if isinstance(m, WrapperMetric) for inner in m.modules()}
-            self._touched = [
-                metric
-                for metric, count in zip(metrics, counts, strict=True)
-                if metric._update_count != count or id(metric) in wrapped  # a wrapper does not count
-            ]
+        if self._start is not None:
+            after = _Attributes(self.module)
+            self._start.restore()
+            vars(self.module).update(log=_no_log, log_dict=_no_log)
+            try:
+                return self._ask()
+            finally:
+                after.restore()
+        self._start = _Attributes(self.module)
+        try:
+            self.output = self._ask()
+        except BaseException:
+            self._start.restore()
+            self._start = None
+            raise
+        return self.output
+
+    def _ask(self) -> Any:
+        output = self.training_step(*map(_own, self.args), **{name: _own(value) for name, value in self.kwargs.items()})
+        if output is None:
+            raise NoLoss
         return output
 
     def differentiable(self) -> Tensor:
@@ -68,33 +90,55 @@ class TrainingStep(Objective):
         self.output = {**self.output, "loss": loss} if isinstance(self.output, Mapping) else loss
 
 
-def _no_log(*_: Any, **__: Any) -> None:
-    pass
+class _Attributes:
+    """A module's public attributes and the state of its metrics, to be put back later.
 
-
-@contextmanager
-def _silent(module: nn.Module, metrics: list[Metric]) -> Iterator[None]:
-    """Let ``self.log`` do nothing, ``metrics`` forget what they see, and the module what changes its own attributes.
-
-    Those are public ones that are numbers, strings or containers: a list of outputs, a counter, a running mean.
+    Containers among the attributes come back with their contents: a list of outputs, a counter, a running mean.
     """
-    states = [{name: _copy(value) for name, value in vars(metric).items()} for metric in metrics]
-    attributes = vars(module)
-    before = {name: value for name, value in attributes.items() if not name.startswith("_")}
-    contents = [(value, value.copy()) for value in before.values() if type(value) in (list, dict, set)]
-    attributes.update(log=_no_log, log_dict=_no_log)
-    try:
-        yield
-    finally:
-        for name in [name for name in attributes if not name.startswith("_") and name not in before]:
-            del attributes[name]
-        attributes.update(before)
-        for container, content in contents:
+
+    def __init__(self, module: nn.Module) -> None:
+        self._attributes = vars(module)
+        self._values = {name: value for name, value in self._attributes.items() if not name.startswith("_")}
+        self._contents = [(value, value.copy()) for value in self._values.values() if type(value) in (list, dict, set)]
+        self._metrics = [
+            (vars(metric), {name: _copy(value) for name, value in vars(metric).items()})
+            for metric in module.modules()
+            if isinstance(metric, Metric)
+        ]
+
+    def restore(self) -> None:
+        for name in [name for name in self._attributes if not name.startswith("_") and name not in self._values]:
+            del self._attributes[name]
+        self._attributes.update(self._values)
+        for container, content in self._contents:
             container.clear()
             container.extend(content) if type(container) is list else container.update(content)
-        for metric, state in zip(metrics, states, strict=True):
-            vars(metric).update(state)
+        for attributes, state in self._metrics:
+            attributes.update({name: _copy(value) for name, value in state.items()})
 
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value.copy() if type(value) is list else value
+
+
+def _own(value: Any) -> Any:
+    """A batch whose lists and dictionaries a training step may change; its tensors are the same."""
+    if type(value) is list:
+        return [_own(one) for one in value]
+    if type(value) is dict:
+        return {key: _own(one) for key, one in value.items()}
+    return tuple(map(_own, value)) if type(value) is tuple else value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+
+
+def _no_log(*_: Any, **__: Any) -> None:
+    pass
