@@ -266,7 +266,7 @@ def test_mu_follows_the_learning_rate_down_to_a_floor(tmp_path: Path) -> None:
 
     class Watch(Callback):
         def on_train_epoch_start(self, trainer: Trainer, module: Any) -> None:
-            seen.append(module.mu)
+            seen.append(module.mu_in_use)
 
     module.plateau = True
     trainer(tmp_path, max_epochs=12, callbacks=[Watch()]).fit(module)
@@ -631,3 +631,21 @@ def test_plateaus_are_looked_for_when_automatic_optimization_does(
         rates.append(module.rates)
     assert rates[0] == rates[1]
     assert rates[0][-1] < 1e-2
+
+
+def test_a_module_may_have_a_mu_of_its_own(tmp_path: Path) -> None:
+    class Variational(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mu = nn.Linear(2, 2)
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            return self.mu(self.net(batch)).square().mean()
+
+    class Ours(EstimatedGradient, Variational):
+        estimator = ZerothOrder(seed=0)
+
+    module = Ours()
+    assert module.mu_in_use == 1e-3
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(module)
+    assert module.global_step == 8

@@ -93,7 +93,7 @@ def hyperparameters(trainer: Trainer, module: LightningModule) -> dict[str, str 
         "d": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "estimator": type(estimator).__name__,
         "lr": optimizer.param_groups[0].get("lr", 0.0) if optimizer is not None else 0.0,
-        "mu": (driver.mu if driver is not None else None) or 0.0,
+        "mu": (driver.mu_in_use if driver is not None else None) or 0.0,
         "optimizer": type(optimizer).__name__ if optimizer is not None else "",
         "samples": getattr(estimator, "samples", 0),
         "seed": torch.initial_seed(),

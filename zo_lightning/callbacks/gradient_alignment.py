@@ -125,7 +125,7 @@ def _finite_difference(
     module: LightningModule, driver: Any, objective: Objective, gradient_norm: float
 ) -> dict[str, float]:
     """The ``mu`` below which rounding errors outweigh the slopes, and how far the present one is above it."""
-    mu, estimator, stencil = driver.mu, driver.estimator, driver.estimator.stencil
+    mu, estimator, stencil = driver.mu_in_use, driver.estimator, driver.estimator.stencil
     by_example = estimator.needs_example_losses
     slope = _slope_by_example(objective, stencil, mu, estimator.samples) if by_example else gradient_norm
     loss = objective.per_example if by_example else objective.loss

@@ -63,7 +63,7 @@ class GradientFree(Callback):
         self._forget(State())
 
     @property
-    def mu(self) -> float | None:
+    def mu_in_use(self) -> float | None:
         """The finite-difference step, or None where the estimator has none."""
         return self.estimator.mu
 
@@ -139,8 +139,8 @@ class GradientFree(Callback):
         metrics = {"budget/forward_passes": float(self.forward_passes), "skipped_steps": float(self.skipped_steps)}
         if math.isfinite(self.flops):
             metrics["budget/flops"] = self.flops
-        if self.mu is not None:
-            metrics["mu"] = self.mu
+        if self.mu_in_use is not None:
+            metrics["mu"] = self.mu_in_use
         pl_module.log_dict(metrics)
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:

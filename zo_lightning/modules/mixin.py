@@ -91,7 +91,7 @@ class EstimatedGradient(SteppedSchedulers):
         return self._flops.total
 
     @property
-    def mu(self) -> float | None:
+    def mu_in_use(self) -> float | None:
         """The finite-difference step in use, or None where the estimator has none."""
         mu = self.estimator.mu
         if mu is None or not self.mu_follows_lr:
@@ -226,7 +226,7 @@ class EstimatedGradient(SteppedSchedulers):
 
     def _estimate(self, objective: "TrainingStep", optimizer: Any, batch: Any) -> Tensor:
         """What the optimizer's closure does: fill ``.grad``, or step by each tensor of it; returns the loss."""
-        estimator = self.estimator if self.mu is None else self.estimator.with_mu(self.mu)
+        estimator = self.estimator if self.mu_in_use is None else self.estimator.with_mu(self.mu_in_use)
         if self._described[0] is not self.estimator:
             self._described = self.estimator, repr(self.estimator)
         optimizer.zero_grad()
@@ -303,8 +303,8 @@ class EstimatedGradient(SteppedSchedulers):
         }
         if math.isfinite(self.flops):
             metrics["budget/flops"] = self.flops
-        if self.mu is not None:
-            metrics["mu"] = self.mu
+        if self.mu_in_use is not None:
+            metrics["mu"] = self.mu_in_use
         self.log_dict(metrics)
 
 
