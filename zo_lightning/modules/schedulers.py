@@ -48,7 +48,8 @@ class SteppedSchedulers(_Module):
     def on_train_epoch_end(self) -> None:
         """Step the schedulers by epoch that watch a metric."""
         super().on_train_epoch_end()
-        self._step_plateau_schedulers("epoch", self.current_epoch)
+        if self.trainer.is_last_batch:  # or training stops within the epoch
+            self._step_plateau_schedulers("epoch", self.current_epoch)
 
     def _without_monitor(self, config: Any, default: str | None = None) -> dict[str, Any]:
         config = dict(config) if isinstance(config, Mapping) else {"scheduler": config}

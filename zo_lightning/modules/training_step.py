@@ -1,6 +1,7 @@
 """The loss of a LightningModule, safe to ask again: one pass of a training step counts, the others leave no trace."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pytorch_lightning import LightningModule
@@ -56,9 +57,9 @@ class TrainingStep(Objective):
         if self._start is not None:
             after = _Attributes(self.module)
             self._start.restore()
-            vars(self.module).update(log=_no_log, log_dict=_no_log)
             try:
-                return self._ask()
+                with _silent(self.module):
+                    return self._ask()
             finally:
                 after.restore()
         self._start = _Attributes(self.module)
@@ -93,12 +94,13 @@ class TrainingStep(Objective):
 class _Attributes:
     """A module's public attributes and the state of its metrics, to be put back later.
 
-    Containers among the attributes come back with their contents: a list of outputs, a counter, a running mean.
+    Containers among the attributes come back with their contents: a list of outputs, a counter, a running mean. What is
+    callable stays as it is: someone may have put a function in a method's place for the time being.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._attributes = vars(module)
-        self._values = {name: value for name, value in self._attributes.items() if not name.startswith("_")}
+        self._values = {name: value for name, value in self._attributes.items() if _is_data(name, value)}
         self._contents = [(value, value.copy()) for value in self._values.values() if type(value) in (list, dict, set)]
         self._metrics = [
             (vars(metric), {name: _copy(value) for name, value in vars(metric).items()})
@@ -107,14 +109,33 @@ class _Attributes:
         ]
 
     def restore(self) -> None:
-        for name in [name for name in self._attributes if not name.startswith("_") and name not in self._values]:
-            del self._attributes[name]
+        for name, value in list(self._attributes.items()):
+            if _is_data(name, value) and name not in self._values:
+                del self._attributes[name]
         self._attributes.update(self._values)
         for container, content in self._contents:
             container.clear()
             container.extend(content) if type(container) is list else container.update(content)
         for attributes, state in self._metrics:
             attributes.update({name: _copy(value) for name, value in state.items()})
+
+
+def _is_data(name: str, value: Any) -> bool:
+    return not name.startswith("_") and not callable(value)
+
+
+@contextmanager
+def _silent(module: nn.Module) -> Iterator[None]:
+    """Let ``self.log`` do nothing."""
+    attributes = vars(module)
+    before = {name: attributes[name] for name in ("log", "log_dict") if name in attributes}
+    attributes.update(log=_no_log, log_dict=_no_log)
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            del attributes[name]
+        attributes.update(before)
 
 
 def _copy(value: Any) -> Any:
