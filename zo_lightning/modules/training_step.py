@@ -7,6 +7,7 @@ from typing import Any
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 from zo_lightning.distributed import finite_everywhere
 from zo_lightning.objective import Objective
@@ -55,14 +56,14 @@ class TrainingStep(Objective):
 
     def _run(self) -> Any:
         if self._start is not None:
-            after = _Attributes(self.module)
+            after = _Attributes(self.module, self._start.changed())
             self._start.restore()
             try:
                 with _silent(self.module):
                     return self._ask()
             finally:
                 after.restore()
-        self._start = _Attributes(self.module)
+        self._start = _Attributes(self.module, [m for m in self.module.modules() if isinstance(m, Metric)])
         try:
             self.output = self._ask()
         except BaseException:
@@ -98,15 +99,21 @@ class _Attributes:
     callable stays as it is: someone may have put a function in a method's place for the time being.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, metrics: list[Metric]) -> None:
         self._attributes = vars(module)
         self._values = {name: value for name, value in self._attributes.items() if _is_data(name, value)}
         self._contents = [(value, value.copy()) for value in self._values.values() if type(value) in (list, dict, set)]
+        self._metrics = [(metric, _state(metric)) for metric in metrics]
+        self._wrapped = {id(inner) for m in metrics if isinstance(m, WrapperMetric) for inner in m.modules()}
+
+    def changed(self) -> list[Metric]:
+        """The metrics that have been updated since; the others need not be put back. Wrappers do not count updates."""
         self._metrics = [
-            (vars(metric), {name: _copy(value) for name, value in vars(metric).items()})
-            for metric in module.modules()
-            if isinstance(metric, Metric)
+            (metric, state)
+            for metric, state in self._metrics
+            if metric._update_count != state["_update_count"] or id(metric) in self._wrapped
         ]
+        return [metric for metric, _ in self._metrics]
 
     def restore(self) -> None:
         for name, value in list(self._attributes.items()):
@@ -116,8 +123,15 @@ class _Attributes:
         for container, content in self._contents:
             container.clear()
             container.extend(content) if type(container) is list else container.update(content)
-        for attributes, state in self._metrics:
-            attributes.update({name: _copy(value) for name, value in state.items()})
+        for metric, state in self._metrics:
+            vars(metric).update({name: _copy(value) for name, value in state.items()})
+
+
+def _state(metric: Metric) -> dict[str, Any]:
+    """What a metric's updates change: of a wrapper, which may keep numbers of its own, everything."""
+    attributes = vars(metric)
+    names = attributes if isinstance(metric, WrapperMetric) else (*metric._defaults, "_update_count", "_computed")
+    return {name: _copy(attributes[name]) for name in names}
 
 
 def _is_data(name: str, value: Any) -> bool:
