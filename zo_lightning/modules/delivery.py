@@ -13,7 +13,7 @@ Deliver = Callable[[float], Sequence[Tensor | None]]
 
 
 def whole(estimate: Estimate) -> tuple[Deliver, list[nn.Parameter]]:
-    """What delivers an estimate, and its weights; afterwards nothing of it is kept: its tensors have become ``.grad``."""
+    """What delivers an estimate, and its weights; afterwards its tensors are ``.grad``, and nothing is kept."""
     pairs = list(estimate.gradients)
     params, gradients = [p for p, _ in pairs], [gradient for _, gradient in pairs]
 
