@@ -36,7 +36,8 @@ class Objective:
 
     Attributes:
         forward_passes: what the calls so far cost, in forward passes of the batch.
-        seen: the losses [B] that the passes of one estimate gave, where they were asked by ``losses``.
+        values: the losses that the passes of one estimate gave.
+        seen: the losses [B] that they gave, where they were asked by ``losses``.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Objective:
         self.module = module
         self.seed = seed
         self.forward_passes = 0
+        self.values: list[float] = []
         self.seen: list[Tensor] = []
         self._cost = 0
         self._buffers = _Buffers(module)
@@ -67,7 +69,7 @@ class Objective:
 
     def begin(self, seed: int) -> None:
         """Begin an estimate: all its probes draw their random numbers from ``seed``."""
-        self.seed, self.seen = seed, []
+        self.seed, self.values, self.seen = seed, [], []
 
     def __call__(self, within: AbstractContextManager[Any] | None = None) -> float:
         """Ask for the loss once, in a context such as one that displaces the weights.
@@ -78,7 +80,9 @@ class Objective:
         with self.probe():
             with within or nullcontext():
                 loss = self.loss()
-            return check_loss(loss)
+            value = check_loss(loss)
+        self.values.append(value)
+        return value
 
     def losses(self) -> Tensor:
         """Ask for the loss of each example, [B], within a ``probe``; their mean is the loss.
