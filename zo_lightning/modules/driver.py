@@ -18,7 +18,7 @@ from zo_lightning.estimators.base import Estimate, step_by_tensor
 from zo_lightning.modules.delivery import delivering, whole
 from zo_lightning.modules.memory import Memory, chooses_lean
 from zo_lightning.modules.processes import check_processes, keep_gradients
-from zo_lightning.modules.training_step import NoLoss, TrainingStep, logs_now
+from zo_lightning.modules.training_step import NeedsGraph, NoLoss, TrainingStep, logs_now
 from zo_lightning.modules.watch import Watch
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.state import State
@@ -65,7 +65,7 @@ class Driver:
         self._flops = FlopMeter()
         self._described: tuple[GradientEstimator | None, str] = None, ""
         self._optimizer: torch.optim.Optimizer | None = None  # of the fit for which all is prepared
-        self._lean = False
+        self._lean = self._with_graph = False
         self._watch = Watch()
         self._batch: Any = None
 
@@ -178,11 +178,21 @@ class Driver:
             with nullcontext() if estimator.is_exact else torch.no_grad():
                 return ask(*args, **kwargs)
         objective = TrainingStep(ask, module, *args, **kwargs)
+        objective.with_graph = self._with_graph
         self.estimated_objective, self._batch = objective, args[0] if args else kwargs
         try:
             output = self._estimated(estimator, objective, module)
         except NoLoss:
             return None
+        except NeedsGraph as error:
+            if self._with_graph:
+                raise RuntimeError(
+                    f"{type(module).__name__}.training_step differentiates what has no graph under "
+                    f"{type(estimator).__name__} ({error.__cause__}): for derivatives by the inputs take ZerothOrder "
+                    "or ForwardGradient"
+                ) from error
+            self._with_graph = True  # for this batch and the later ones
+            return self.training_step(ask, module, *args, **kwargs)
         except NonFiniteLoss as error:
             self._skip(error, module.global_step)
             return objective.with_loss(self._without_gradient(error, module))
