@@ -11,6 +11,7 @@ FLOORS = {
     "directions": 0,
     "stencils": 0,
     "costs": 0,
+    "parameters": -1,
     "objective": 0,
     "distributed": 1,
     "optim": 0,

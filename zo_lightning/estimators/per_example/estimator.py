@@ -25,6 +25,7 @@ from zo_lightning.estimators.per_example.output import (
 )
 from zo_lightning.estimators.per_example.state import Layer, PerExampleState
 from zo_lightning.objective import Objective
+from zo_lightning.parameters import Parameters
 from zo_lightning.perturbed.affine import BatchNormalization
 from zo_lightning.perturbed.gates import Gate
 from zo_lightning.perturbed.outputs import DisplacedOutputs, Use
@@ -137,7 +138,7 @@ class PerExample(GradientEstimator):
         """
         return 1 / math.sqrt(1 + share * (d - 1) * spread / (self.samples * examples))
 
-    def init(self, module: nn.Module) -> PerExampleState:
+    def init(self, module: Parameters) -> PerExampleState:
         """A state that knows nothing."""
         return PerExampleState()
 
