@@ -13,6 +13,7 @@ FLOORS = {
     "costs": 0,
     "parameters": -1,
     "objective": 0,
+    "black_box": 1,
     "distributed": 1,
     "optim": 0,
     "nets": 0,

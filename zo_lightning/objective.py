@@ -83,9 +83,9 @@ class Objective:
         """
         return check_loss(self.ask(self.loss, within))
 
-    def ask(self, function: Callable[[], T], within: AbstractContextManager[Any] | None = None) -> T:
-        """Run a function, the loss or a part of it, as one guarded forward pass."""
-        with self.probe(), within or nullcontext():
+    def ask(self, function: Callable[[], T], within: AbstractContextManager[Any] | None = None, cost: int = 1) -> T:
+        """Run the loss or a part of it as a ``probe``, in a context."""
+        with self.probe(cost), within or nullcontext():
             return function()
 
     def losses(self) -> Tensor:
@@ -95,16 +95,14 @@ class Objective:
             NonFiniteLoss: one is NaN or infinite.
             ValueError: there is one loss for the whole batch.
         """
-        losses = self.per_example()
-        if not isinstance(losses, Tensor) and isinstance(losses := as_tensor(losses), Tensor):
-            losses = losses.to(next(self.module.parameters()).device)
+        losses = as_tensor(self.per_example())
         if not isinstance(losses, Tensor) or losses.ndim != 1:
             got = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
                 "this estimator needs the loss of each example, a tensor [B], as from reduction='none' "
                 f"(a LightningModule returns it as 'losses' beside 'loss'), got {got}"
             )
-        losses = losses.detach()
+        losses = losses.detach().to(next(self.module.parameters(), losses).device)
         check_loss(losses)
         if self._cost:
             self.seen.append(losses)

@@ -1,6 +1,7 @@
 """What can be trained, beside a module: tensors of one's own, alone, in lists or in dictionaries."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +48,19 @@ def as_module(parameters: Parameters) -> nn.Module:
     tensors: dict[str, Tensor] = {}
     mapped(tensors.__setitem__, parameters)
     return Tensors(tensors)
+
+
+@contextmanager
+def as_parameters(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let plain tensors count as instances of ``nn.Parameter``, by PyTorch's own mark, for those who ask by that."""
+    plain: list[Any] = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
+    for tensor in plain:
+        tensor._is_param = True
+    try:
+        yield
+    finally:
+        for tensor in plain:
+            del tensor._is_param
 
 
 def mapped(function: Callable[[str, Tensor], Any], parameters: Parameters, name: str = "") -> Any:
