@@ -1,6 +1,6 @@
 """What can be trained, beside a module: tensors of one's own, alone, in lists or in dictionaries."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ class Tensors(nn.Module):
         tensors: by name, leaves that require a gradient; an ``nn.Parameter`` that does not is frozen.
 
     Raises:
+        TypeError: one is no tensor.
         ValueError: a tensor is no leaf, or a plain one that requires no gradient; or there is none.
     """
 
@@ -25,6 +26,10 @@ class Tensors(nn.Module):
         if not tensors:
             raise ValueError("there is nothing to train: the parameters are an empty list, dictionary or generator")
         for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"parameter {name} must be a tensor, got {type(tensor).__name__}: torch.as_tensor makes one"
+                )
             if not tensor.is_leaf:
                 raise ValueError(f"parameter {name} is computed from other tensors: pass those, or a detached copy")
             if not tensor.requires_grad and not isinstance(tensor, nn.Parameter):
@@ -50,6 +55,12 @@ def as_module(parameters: Parameters) -> nn.Module:
     return Tensors(tensors)
 
 
+def kept(parameters: Parameters) -> Parameters:
+    """Parameters that can be gone through many times: a generator as a list."""
+    lasting = isinstance(parameters, nn.Module | Sequence | Mapping) or hasattr(parameters, "__array__")
+    return parameters if lasting else list(parameters)  # type: ignore[arg-type]
+
+
 @contextmanager
 def as_parameters(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Let plain tensors count as instances of ``nn.Parameter``, by PyTorch's own mark, for those who ask by that."""
@@ -63,26 +74,23 @@ def as_parameters(tensors: Iterable[Tensor]) -> Iterator[None]:
             del tensor._is_param
 
 
-def mapped(function: Callable[[str, Tensor], Any], parameters: Parameters, name: str = "") -> Any:
-    """The same lists and dictionaries, with ``function(name, tensor)`` in the place of each tensor.
+def mapped(function: Callable[[str, Any], Any], parameters: Parameters, name: str = "") -> Any:
+    """The same lists and dictionaries, with ``function(name, tensor)`` in the place of each tensor or array.
 
     A module gives a dictionary of its weights that require a gradient, as ``torch.func.functional_call`` takes it.
 
     Raises:
         TypeError: something in the place of a tensor is none.
     """
-    if isinstance(parameters, Tensor):
+    if hasattr(parameters, "__array__"):
         return function(name or "0", parameters)
     if isinstance(parameters, nn.Module) and not name:
         return {key: function(key, p) for key, p in parameters.named_parameters() if p.requires_grad}
     prefix = f"{name}." if name else ""
     if isinstance(parameters, Mapping):
         return {key: mapped(function, one, f"{prefix}{key}") for key, one in parameters.items()}
-    if (
-        isinstance(parameters, Iterable)
-        and not isinstance(parameters, nn.Module | str | bytes)
-        and not _is_array(parameters)
-    ):
+    items: list[Any]
+    if isinstance(parameters, Iterable) and not isinstance(parameters, nn.Module | str | bytes):
         items = list(parameters)
         if items and all(map(_is_named, items)):  # named_parameters()
             return mapped(function, dict(items), name)
@@ -92,10 +100,6 @@ def mapped(function: Callable[[str, Tensor], Any], parameters: Parameters, name:
     hint = "; several modules go into an nn.ModuleList" if isinstance(parameters, nn.Module) else ""
     kind = type(parameters).__name__
     raise TypeError(f"{where} must be an nn.Module, a tensor, or tensors in lists and dictionaries, got {kind}{hint}")
-
-
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "__array__")
 
 
 def _is_named(item: Any) -> bool:
