@@ -1,6 +1,7 @@
 """Training by those who evaluate the losses elsewhere: ask for candidates, tell their losses."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -38,9 +39,7 @@ class AskTell:
 
     def __init__(self, parameters: Parameters, estimator: ZerothOrder, optimizer: torch.optim.Optimizer) -> None:
         if not isinstance(estimator, ZerothOrder):
-            raise TypeError(
-                f"AskTell needs a ZerothOrder, whose steps need losses alone, got {type(estimator).__name__}"
-            )
+            raise TypeError(f"AskTell needs a ZerothOrder, which asks for losses alone, got {type(estimator).__name__}")
         if world_size() > 1:
             raise ValueError("AskTell is for one process, which may tell losses that others have evaluated")
         self.parameters = kept(parameters)
@@ -110,7 +109,7 @@ class AskTell:
             "step": self.step,
             "seed": self.estimator.seed,
             "weights": {name: p.detach().clone() for name, p in zip(weights.names, weights, strict=True)},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": deepcopy(self.optimizer.state_dict()),
             "state": self._state.state_dict(),
         }
 

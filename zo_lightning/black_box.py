@@ -137,7 +137,7 @@ def to_numpy(value: Any) -> Any:
     """Copies of tensors as NumPy arrays, in lists and dictionaries too; bfloat16, which NumPy lacks, as float32."""
     if isinstance(value, Tensor):
         value = value.detach()
-        return np.array((value.float() if value.dtype == torch.bfloat16 else value).cpu())
+        return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy().copy()
     if isinstance(value, Mapping):
         return {key: to_numpy(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -56,11 +56,11 @@ def minimize(
 ) -> Result:
     """Minimise a function of arrays or tensors that nobody can differentiate.
 
+    >>> import numpy as np
     >>> import zo_lightning as zo
-    >>> rosenbrock = lambda x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
-    >>> result = zo.minimize(rosenbrock, [-1.2, 1.0], zo.ZerothOrder(samples=2, seed=0))
-    >>> result.x.round(2), result.evaluations
-    (array([1., 1.]), 4001)
+    >>> result = zo.minimize(lambda x: np.abs(x - [1, 2]).sum(), [0, 0], zo.ZerothOrder(samples=2, seed=0), steps=200)
+    >>> result.x.round(1), result.evaluations
+    (array([1., 2.]), 802)
 
     Args:
         function: takes what ``x0`` is, arrays for arrays and tensors for tensors, in memory of its own, and returns a
@@ -97,16 +97,18 @@ def minimize(
         skipped = sum(map(math.isnan, history))
         return Result(x, fun, tuple(history), problem.evaluations, len(history), skipped, message)
 
-    for step in tqdm(range(steps), "minimize", delay=2, disable=None if progress is None else not progress):
+    for step in tqdm(
+        range(steps), "minimize", delay=0 if progress else 2, disable=None if progress is None else not progress
+    ):
         here = problem.point()
         try:
             history.append(float(estimator.backward(objective, module, step, state)))
             rule.step()
+            if schedule is not None:
+                schedule.step()
         except NonFiniteLoss:
             history.append(math.nan)
         rule.zero_grad()
-        if schedule is not None:
-            schedule.step()
         if history[-1] < lowest:
             best, lowest = here, history[-1]
         if callback is not None:
