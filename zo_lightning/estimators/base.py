@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,12 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import Self
 
 from zo_lightning.objective import Objective
+from zo_lightning.parameters import Parameters, as_module
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Weights
 
-Loss = Callable[[], Tensor]
+Loss = Callable[[], Any]
+"""Computes a loss: a tensor, a number of Python or NumPy, or an array."""
 
 
 class Estimate(NamedTuple):
@@ -68,7 +70,7 @@ class GradientEstimator(ABC):
         """
         return 1.0
 
-    def init(self, module: nn.Module) -> State:
+    def init(self, module: Parameters) -> State:
         """A state for a module about which nothing is known yet."""
         return State()
 
@@ -91,13 +93,15 @@ class GradientEstimator(ABC):
             ValueError: the module has no weight that requires a gradient, or the loss has a shape that does not suit.
         """
 
-    def backward(self, loss: Loss | Objective, module: nn.Module, step: int, state: State | None = None) -> Tensor:
+    def backward(self, loss: Loss | Objective, module: Parameters, step: int, state: State | None = None) -> Tensor:
         """Add an estimate of the gradient of ``loss`` to ``.grad`` of the trained weights, as ``loss.backward()`` does.
 
         Args:
             loss: computes the scalar loss of the present batch at the module's present weights, or the loss of each
-                example, [B]; it may be called several times. An ``Objective`` is used as it is.
+                example, [B]: a tensor, or without autograd also a number or array of NumPy. It may be called several
+                times. An ``Objective`` is used as it is.
             module: owns the weights, and is as before when this returns or raises; so is ``.grad`` when it raises.
+                Or tensors that require a gradient, alone, in a list or in a dictionary.
             step: the number of this training step: each draws directions of its own.
             state: of this module, from ``init``; None makes one for this step alone.
 
@@ -119,7 +123,7 @@ class GradientEstimator(ABC):
         self,
         optimizer: torch.optim.Optimizer,
         loss: Loss | Objective,
-        module: nn.Module,
+        module: Parameters,
         step: int,
         state: State | None = None,
     ) -> Tensor:
@@ -140,6 +144,7 @@ class GradientEstimator(ABC):
         Raises:
             ValueError: also where a weight has a ``.grad`` already: there is nothing to add it to.
         """
+        module = as_module(module)
         if held := [name for name, p in module.named_parameters() if p.grad is not None]:
             raise ValueError(f"update needs weights without .grad, and {held[0]} has one: call optimizer.zero_grad()")
         estimate = self._estimate(loss, module, step, state, lean=True)
@@ -147,12 +152,13 @@ class GradientEstimator(ABC):
         return estimate.loss
 
     def _estimate(
-        self, loss: Loss | Objective, module: nn.Module, step: int, state: State | None, lean: bool
+        self, loss: Loss | Objective, module: Parameters, step: int, state: State | None, lean: bool
     ) -> Estimate:
         if state is None and self.learns:
             raise ValueError(
                 f"{type(self).__name__} learns from step to step: make state = estimator.init(module) once, and pass it"
             )
+        module = as_module(module)
         objective = Objective.of(loss, module)
         return self.estimate(objective, module, step, self.init(module) if state is None else state, lean)
 

@@ -84,7 +84,7 @@ def _pushed(objective: Objective, weights: Weights, direction: Direction) -> tup
         with watched:
             loss = objective.loss()
         value = check_loss(loss)
-        tangent = forward_ad.unpack_dual(loss).tangent
+        tangent = forward_ad.unpack_dual(loss).tangent if isinstance(loss, Tensor) else None
         if tangent is None:
             raise ValueError(
                 "no tangent reaches the loss: it does not depend on the weights, or something on the way (TorchScript, "

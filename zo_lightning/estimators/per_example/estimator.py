@@ -25,6 +25,7 @@ from zo_lightning.estimators.per_example.output import (
 )
 from zo_lightning.estimators.per_example.state import Layer, PerExampleState
 from zo_lightning.objective import Objective
+from zo_lightning.parameters import Parameters, as_parameters
 from zo_lightning.perturbed.affine import BatchNormalization
 from zo_lightning.perturbed.gates import Gate
 from zo_lightning.perturbed.outputs import DisplacedOutputs, Use
@@ -137,7 +138,7 @@ class PerExample(GradientEstimator):
         """
         return 1 / math.sqrt(1 + share * (d - 1) * spread / (self.samples * examples))
 
-    def init(self, module: nn.Module) -> PerExampleState:
+    def init(self, module: Parameters) -> PerExampleState:
         """A state that knows nothing."""
         return PerExampleState()
 
@@ -150,7 +151,7 @@ class PerExample(GradientEstimator):
         objective.begin(mix(seed, step))
         weights = trained(objective, module)
         grads: dict[nn.Parameter, Tensor] = {}
-        with objective.guard():
+        with objective.guard(), as_parameters(weights):
             if known.trained != weights.names:  # at first, and when weights were frozen or unfrozen
                 known.begin([])  # a look that failed is repeated
                 self._look(objective, module, weights, known, mix(seed, step))
