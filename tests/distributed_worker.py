@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import zo_lightning as zo
 
-STEPS, SAMPLES = 200, 8
+STEPS, SAMPLES, FEW = 200, 8, range(20)
+SPLITS = [("data", 2), ("directions", 2), ("directions", 3), ("both", 2), ("both", 3)]
 
 
 def net() -> nn.Sequential:
@@ -54,8 +55,6 @@ def estimator(name: str, split: str, samples: int = SAMPLES) -> zo.GradientEstim
         return zo.ForwardGradient(samples=samples, seed=3, distributed=shared)
     if name == "PerExample":
         return zo.PerExample(samples=samples, seed=3, distributed=shared)
-    if name == "Gaussian":
-        return zo.ZerothOrder(zo.Gaussian(), samples=samples, seed=3, distributed=shared)
     stencil = zo.ForwardDifference() if name == "forward" else zo.CentralDifference()
     return zo.ZerothOrder(stencil=stencil, samples=samples, seed=3, distributed=shared)
 
@@ -91,30 +90,40 @@ def trains(rank: int) -> dict[str, Any]:
     """Train in every way, and count what is sent."""
     sent, results = join(), {}
     whole, mine = slice(None), slice(rank, None, dist.get_world_size())
-    for name in ("central", "forward", "ForwardGradient"):
-        results[name] = train(estimator(name, "directions"), whole)
+    results["central"] = train(estimator("central", "directions"), whole)
+    for name in ("forward", "ForwardGradient"):
+        results[name] = train(estimator(name, "directions"), whole, steps=FEW)
     results["bytes"] = list(sent)
-    results["lean"] = train(estimator("central", "directions"), whole, lean=True)
-    results["uneven"] = train(estimator("central", "directions", 5), whole)
+    results["lean"] = train(estimator("central", "directions"), whole, lean=True, steps=FEW)
+    results["uneven"] = train(estimator("central", "directions", 5), whole, steps=FEW)
     sent.clear()
     for split in ("data", "both"):
-        results[split] = train(estimator("central", split), mine, steps=range(20))
+        results[split] = train(estimator("central", split), mine, steps=FEW)
         results[f"{split} bytes"], sent[:] = sum(sent), []
     for split in ("data", "directions", "both"):
-        results[f"PerExample {split}"] = train(estimator("PerExample", split), mine, steps=range(20))
+        results[f"PerExample {split}"] = train(estimator("PerExample", split), mine, steps=FEW)
     return results
 
 
-def estimates(rank: int, split: str, samples: int, count: int) -> Tensor:
-    """The mean of ``count`` estimates, each rank with the part of the batch that the split gives it."""
+def estimates(rank: int) -> dict[str, Tensor]:
+    """One estimate of every kind, each rank with the part of the batch that the split gives it."""
     join()
+    kinds = [("ForwardGradient", split, q) for split, q in SPLITS] + [("PerExample", split, q) for split, q in SPLITS]
+    return {
+        f"{name} {split} {q}": one_estimate(estimator(name, split, q), part(split, rank)) for name, split, q in kinds
+    }
+
+
+def part(split: str, rank: int, size: int = 2) -> slice:
+    return slice(None) if split == "directions" else slice(rank, None, size)
+
+
+def one_estimate(estimator: zo.GradientEstimator, part: slice) -> Tensor:
     model = net().eval()
-    x, y = batch(0)
-    mine = slice(None) if split == "directions" else slice(rank, None, dist.get_world_size())
-    gaussian = estimator("Gaussian", split, samples)
-    for step in range(count):
-        gaussian.backward(lambda: nn.functional.cross_entropy(model(x[mine]), y[mine]), model, step)
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]) / count
+    x, y = (t[part] for t in batch(0))
+    state = estimator.init(model)
+    estimator.backward(lambda: nn.functional.cross_entropy(model(x), y, reduction="none"), model, 0, state)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def faults(rank: int) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Several real processes, joined by gloo, against one."""
 
-import math
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import zo_lightning as zo
+import zo_lightning.distributed as distributed
 from tests import distributed_worker as worker
-from tests.distributed_worker import SAMPLES, STEPS, batch, estimator, net, train
+from tests.distributed_worker import FEW, SAMPLES, STEPS, batch, estimator, net, train
 from tests.processes import together
 from zo_lightning.distributed import fingerprint
 
@@ -25,13 +26,19 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@cache
+def alone_central() -> dict[str, Tensor]:
+    return train(estimator("central", "directions"), slice(None))
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_processes_that_split_directions_end_with_the_weights_of_one(tmp_path: Path, size: int) -> None:
-    alone = {
-        name: train(estimator(name, "directions"), slice(None)) for name in ("central", "forward", "ForwardGradient")
+    few = {
+        name: train(estimator(name, "directions"), slice(None), steps=FEW)
+        for name in ("central", "forward", "ForwardGradient")
     }
-    alone["lean"] = alone["central"]
-    alone["uneven"] = train(estimator("central", "directions", 5), slice(None))
+    alone = {**few, "central": alone_central(), "lean": few["central"]}
+    alone["uneven"] = train(estimator("central", "directions", 5), slice(None), steps=FEW)
     assert not same(alone["central"], net().state_dict())
     results = together(tmp_path, size, worker.trains)
     probed = SAMPLES // size
@@ -42,31 +49,55 @@ def test_processes_that_split_directions_end_with_the_weights_of_one(tmp_path: P
             assert same(results[0][split], result[split]), split
             assert not same(result[split], net().state_dict()), split
         # Of each direction it probes, a rank sends loss and slope, and one pair of hashes a step: 8 bytes each.
-        assert result["bytes"] == 3 * STEPS * [16 * probed + 16]
-        assert result["data bytes"] == 20 * (16 * SAMPLES + 16)
-        assert result["both bytes"] == 20 * (16 * probed + 16)
+        assert result["bytes"] == (STEPS + 2 * len(FEW)) * [16 * probed + 16]
+        assert result["data bytes"] == len(FEW) * (16 * SAMPLES + 16)
+        assert result["both bytes"] == len(FEW) * (16 * probed + 16)
 
 
-@pytest.mark.parametrize(("split", "samples"), [("data", 2), ("directions", 3), ("both", 2), ("both", 3)])
-def test_the_mean_estimate_is_the_gradient_of_the_whole_batch(tmp_path: Path, split: str, samples: int) -> None:
-    """Also where one rank probes more directions than the other."""
-    count = 500
-    mean, other = together(tmp_path, 2, worker.estimates, split, samples, count)
-    assert torch.equal(mean, other)
+@pytest.fixture(scope="module")
+def estimates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    first, second = together(tmp_path_factory.mktemp("estimates"), 2, worker.estimates)
+    for name, estimate in first.items():
+        assert torch.equal(estimate, second[name]), name
+    return first
+
+
+@pytest.mark.parametrize(("split", "samples"), worker.SPLITS)
+def test_estimates_along_directions_are_the_mean_over_ranks(
+    estimates: dict[str, Tensor], split: str, samples: int
+) -> None:
+    """``ĝ = Σₖ (1/N nₖ) Σᵢ <gₖ, uᵢ> uᵢ`` over the nₖ directions that rank k probes, also where one probes more."""
     model = net().eval()
-    x, y = batch(0)
-    nn.functional.cross_entropy(model(x), y).backward()
-    g = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    # A slope of one rank's half is along a gradient gₖ of its own, so E‖ĝ − g‖² ≤ (d + 1) max‖gₖ‖² / (q · count), with
-    # unequal weights at most 4/3 as much; √ of it is four times what the difference usually is along any one direction.
-    halves = [_gradient(model, x[k::2], y[k::2]) for k in range(2)]
-    largest = max(float(g_k.norm()) for g_k in halves)
-    assert float((mean - g).norm()) < 1.3 * largest * math.sqrt(4 / 3 * (len(g) + 1) / (samples * count))
+    params = list(model.parameters())
+    expected = torch.zeros(sum(p.numel() for p in params))
+    for rank in range(2):
+        x, y = (t[worker.part(split, rank)] for t in batch(0))
+        loss = nn.functional.cross_entropy(model(x), y)
+        g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)])
+        probed = range(samples) if split == "data" else range(rank, samples, 2)
+        weight = 1 / samples if split == "directions" else 1 / (2 * len(probed))
+        for index in probed:
+            u = torch.cat([t.flatten() for t in zo.Gaussian().draw(params, 3, 0, index).tensors()])
+            expected += weight * torch.dot(g, u) * u
+    found = estimates[f"ForwardGradient {split} {samples}"]
+    # Float32 sums of at most 200 products: √200 · 6e-8 of the whole, and as much again from the net's own sums.
+    assert float((found - expected).norm()) < 1e-5 * float(expected.norm())
 
 
-def _gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    loss = nn.functional.cross_entropy(model(x), y)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+@pytest.mark.parametrize(("split", "samples"), worker.SPLITS)
+def test_estimates_per_example_are_the_mean_over_ranks(
+    estimates: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, split: str, samples: int
+) -> None:
+    """The parts of both ranks, computed here one after the other, each with its weight."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda numbers, *_: [list(numbers), list(numbers)])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(worker.one_estimate(estimator("PerExample", split, samples), worker.part(split, rank)))
+    assert torch.equal(estimates[f"PerExample {split} {samples}"], parts[0] + parts[1])
+    assert not torch.allclose(parts[0], parts[1], rtol=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -102,18 +133,15 @@ def test_a_killed_rank_stops_the_others_and_another_number_of_processes_goes_on(
     lost, dead = together(tmp_path / "two", 2, worker.killed, checkpoint)
     assert dead is None
     assert "rank 0 at step 70: another process has ended" in lost
-    alone = train(estimator("central", "directions"), slice(None))
     for weights in together(tmp_path / "four", 4, worker.resumed, checkpoint):
-        assert same(weights, alone)
+        assert same(weights, alone_central())
 
 
 def test_slopes_of_split_data_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three ranks' numbers, as one of them receives them."""
-    import zo_lightning.distributed as module
-
-    monkeypatch.setattr(module, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     rows = [[1.0, 2.0, 0.0, 9.0], [2.0, 4.0, 3.0, 0.0], [6.0, 0.0, 0.0, 0.0]]
-    monkeypatch.setattr(module, "gather", lambda *_: [[*row, 0.0, 0.0] for row in rows])
+    monkeypatch.setattr(distributed, "gather", lambda *_: [[*row, 0.0, 0.0] for row in rows])
     known = [torch.zeros(1)], 0, 1
     assert zo.Distributed("data").exchange([], 2, *known) == [(3.0, 2.0), (1.0, 3.0)]
     assert zo.Distributed("directions").exchange([], 4, *known) == [(1, 2), (2, 4), (6, 0), (0, 9)]
