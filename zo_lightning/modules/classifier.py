@@ -84,7 +84,7 @@ class AutomaticClassifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss."""
         if self._examples:
-            self.log("train/loss_epoch", self._loss_sum / self._examples)
+            self.log("train/loss_epoch", self._loss_sum / self._examples, batch_size=self._examples, sync_dist=True)
         self._loss_sum, self._examples = 0.0, 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -107,8 +107,9 @@ class AutomaticClassifier(LightningModule):
         images, labels = batch
         logits = _checked(self(images), labels)
         accuracy.update(logits, labels)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), prog_bar=True, batch_size=len(labels))
-        self.log(f"{stage}/acc", accuracy, prog_bar=True, batch_size=len(labels))
+        shown: dict[str, Any] = {"prog_bar": True, "batch_size": len(labels)}
+        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), sync_dist=True, **shown)
+        self.log(f"{stage}/acc", accuracy, **shown)
 
 
 def _checked(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from zo_lightning.costs import FlopMeter
 from zo_lightning.estimators import GradientEstimator, ZerothOrder
 from zo_lightning.estimators.base import step_by_tensor
-from zo_lightning.modules.processes import check_processes, check_samplers, splits_data
+from zo_lightning.modules.processes import check_processes, check_samplers, share_buffers, splits_data
 from zo_lightning.modules.schedulers import SteppedSchedulers
 from zo_lightning.modules.training_step import NoLoss, TrainingStep, logs_now
 from zo_lightning.objective import NonFiniteLoss, Objective
@@ -159,6 +159,7 @@ class EstimatedGradient(SteppedSchedulers):
                 "precision 16-mixed scales the loss, which an estimate does not undo: use bf16-mixed or 32-true"
             )
         check_processes(self.trainer, self.estimator)
+        share_buffers(self.trainer)
         if type(self.estimator_state) is not type(fresh := self.estimator.init(self)):
             self.estimator_state = fresh
         self._lean = self._chooses_lean()

@@ -4,6 +4,8 @@ from typing import Any
 
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from zo_lightning.estimators import Backprop, GradientEstimator
@@ -11,7 +13,7 @@ from zo_lightning.estimators import Backprop, GradientEstimator
 
 def splits_data(estimator: GradientEstimator) -> bool:
     """Whether each process needs a batch of its own: it does unless they split the directions of one batch."""
-    return getattr(getattr(estimator, "distributed", None), "split", "data") == "data"
+    return getattr(getattr(estimator, "distributed", None), "split", "data") != "directions"
 
 
 def check_processes(trainer: Any, estimator: GradientEstimator) -> None:
@@ -21,8 +23,8 @@ def check_processes(trainer: Any, estimator: GradientEstimator) -> None:
     name = type(estimator).__name__
     if not hasattr(estimator, "distributed"):
         raise MisconfigurationException(
-            f"{name} gives each process a gradient of its own, as large as the weights, and has no way to share it: "
-            "use devices=1, or ZerothOrder or ForwardGradient, which exchange slopes alone"
+            f"{name} gives each process a gradient of its own, and has no way to share it (it has no 'distributed'): "
+            "use devices=1, or ZerothOrder, ForwardGradient or PerExample"
         )
     if not isinstance(trainer.strategy, DDPStrategy):
         raise MisconfigurationException(
@@ -39,3 +41,16 @@ def check_samplers(trainer: Any, estimator: GradientEstimator) -> None:
             "split='directions' needs the same batch in every process, and a DistributedSampler splits them: "
             "use Trainer(use_distributed_sampler=False) and a loader of equal order, or split='data'"
         )
+
+
+def share_buffers(trainer: Any) -> None:
+    """Let every training step, and the pass after it, begin with rank zero's buffers, as in automatic optimization.
+
+    DistributedDataParallel stops broadcasting them where it has no gradients to reduce.
+    """
+
+    def broadcasts_next(model: nn.Module, *_: Any) -> None:
+        model.require_forward_param_sync = model.module.training  # type: ignore[assignment,union-attr]
+
+    if isinstance(model := trainer.strategy.model, DistributedDataParallel):
+        model.register_forward_hook(broadcasts_next)

@@ -79,7 +79,7 @@ class AutomaticRegressor(LightningModule):
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         predictions, targets = self._pair(batch)
-        sizes: dict[str, Any] = {"prog_bar": True, "batch_size": len(targets)}
+        sizes: dict[str, Any] = {"prog_bar": True, "batch_size": len(targets), "sync_dist": True}
         self.log(f"{stage}/loss", F.mse_loss(predictions, targets), **sizes)
         self.log(f"{stage}/mae", F.l1_loss(predictions, targets), **sizes)
 
