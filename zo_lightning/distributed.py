@@ -183,10 +183,21 @@ def _in_touch(step: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLost(
-            f"rank {rank()} at step {step}: another process has ended or does not answer "
-            f"({str(error).splitlines()[0]}). Resume from the last checkpoint, on any number of processes"
-        ) from error
+        raise ProcessLost(loss_of_process(error, step)) from error
+
+
+def tells_of_loss(error: BaseException) -> bool:
+    """Whether an error is that of a collective without answer, in whichever library it was called."""
+    of_torch = isinstance(error, dist.DistBackendError | dist.DistNetworkError) if dist.is_available() else False
+    return of_torch or (isinstance(error, RuntimeError) and "gloo" in str(error) and not isinstance(error, ProcessLost))
+
+
+def loss_of_process(error: BaseException, step: int) -> str:
+    """What such an error means, and what to do."""
+    return (
+        f"rank {rank()} at step {step}: another process has ended or does not answer "
+        f"({str(error).splitlines()[0]}). Resume from the last checkpoint, on any number of processes"
+    )
 
 
 def fingerprint(weights: Sequence[Tensor]) -> int:

@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules.configured import configured
 from zo_lightning.modules.mixin import EstimatedGradient
+from zo_lightning.modules.processes import of_all_ranks
 from zo_lightning.modules.training_step import logs_now
 from zo_lightning.optim import AdaMM
 
@@ -84,7 +85,7 @@ class AutomaticClassifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss."""
         if self._examples:
-            self.log("train/loss_epoch", self._loss_sum / self._examples, batch_size=self._examples, sync_dist=True)
+            self.log("train/loss_epoch", self._loss_sum / self._examples, **of_all_ranks(self._examples))
         self._loss_sum, self._examples = 0.0, 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -107,8 +108,8 @@ class AutomaticClassifier(LightningModule):
         images, labels = batch
         logits = _checked(self(images), labels)
         accuracy.update(logits, labels)
-        shown: dict[str, Any] = {"prog_bar": True, "batch_size": len(labels)}
-        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), sync_dist=True, **shown)
+        shown = {"prog_bar": True, **of_all_ranks(len(labels))}
+        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), **shown)
         self.log(f"{stage}/acc", accuracy, **shown)
 
 

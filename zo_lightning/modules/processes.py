@@ -2,18 +2,28 @@
 
 from typing import Any
 
+from pytorch_lightning import Callback
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
+from zo_lightning.distributed import loss_of_process, tells_of_loss
 from zo_lightning.estimators import Backprop, GradientEstimator
 
 
 def splits_data(estimator: GradientEstimator) -> bool:
     """Whether each process needs a batch of its own: it does unless they split the directions of one batch."""
     return getattr(getattr(estimator, "distributed", None), "split", "data") != "directions"
+
+
+def of_all_ranks(examples: int) -> dict[str, Any]:
+    """Arguments of ``self.log`` for the mean over the examples of all ranks.
+
+    The size is no int: Lightning averages sizes over ranks in their own type, which would round them down.
+    """
+    return {"batch_size": float(examples), "sync_dist": True}
 
 
 def check_processes(trainer: Any, estimator: GradientEstimator) -> None:
@@ -54,3 +64,13 @@ def share_buffers(trainer: Any) -> None:
 
     if isinstance(model := trainer.strategy.model, DistributedDataParallel):
         model.register_forward_hook(broadcasts_next)
+        trainer.callbacks.append(_ExplainsLoss())
+
+
+class _ExplainsLoss(Callback):
+    """Says what the errors of Lightning's and DistributedDataParallel's own collectives mean."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Put it before what the error says."""
+        if tells_of_loss(exception):
+            exception.args = (loss_of_process(exception, trainer.global_step),)
