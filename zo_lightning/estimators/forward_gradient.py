@@ -69,7 +69,8 @@ class ForwardGradient(GradientEstimator):
                 yield direction, *_pushed(objective, weights, direction)
 
         with objective.guard():
-            return average(weights, shared(self.distributed, drawn, probes, self.samples, weights, step), self.samples)
+            asked = shared(self.distributed, drawn, probes, self.samples, weights, seed, step)
+            return average(weights, asked, self.samples)
 
 
 def _pushed(objective: Objective, weights: Weights, direction: Direction) -> tuple[float, float]:

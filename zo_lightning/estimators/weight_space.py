@@ -35,6 +35,7 @@ def shared(
     probes: Callable[[Iterator[Direction]], Iterator[Probe]],
     samples: int,
     weights: Weights,
+    seed: int,
     step: int,
 ) -> Iterator[Probe]:
     """Probe the ``samples`` directions of a step, with the help of other processes where there are any.
@@ -47,6 +48,7 @@ def shared(
         probes: asks for their losses and slopes.
         samples: directions of the step.
         weights: of this process.
+        seed: of the directions.
         step: the number of this training step.
 
     Raises:
@@ -61,7 +63,7 @@ def shared(
         probed.extend((loss, slope) for _, loss, slope in probes(drawn(own)))
     except NonFiniteLoss as error:  # the others learn of it with the losses
         probed = [(error.value, error.value)] * len(own)
-    exchanged = distributed.exchange(probed, samples, weights, step)
+    exchanged = distributed.exchange(probed, samples, weights, seed, step)
     for direction, (loss, slope) in zip(drawn(range(samples)), exchanged, strict=True):
         yield direction, loss, slope
 

@@ -87,4 +87,5 @@ class ZerothOrder(GradientEstimator):
                 yield direction, loss, self.stencil.slope(losses)
 
         with objective.guard():
-            return average(weights, shared(self.distributed, drawn, probes, self.samples, weights, step), self.samples)
+            asked = shared(self.distributed, drawn, probes, self.samples, weights, seed, step)
+            return average(weights, asked, self.samples)

@@ -17,7 +17,7 @@ from zo_lightning.estimators import Backprop, GradientEstimator
 from zo_lightning.estimators.base import Estimate, step_by_tensor
 from zo_lightning.modules.delivery import delivering, whole
 from zo_lightning.modules.memory import Memory, chooses_lean
-from zo_lightning.modules.processes import check_processes, keep_gradients
+from zo_lightning.modules.processes import check_processes, explain_loss, keep_gradients
 from zo_lightning.modules.training_step import NoLoss, TrainingStep, logs_now
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.state import State
@@ -146,6 +146,7 @@ class Driver:
                 f"{name}.training_step takes a dataloader_iter, which cannot be asked twice for one batch: take a batch"
             )
         check_processes(trainer, self.estimator)
+        explain_loss(trainer)
         if not isinstance(self.estimator, Backprop):
             keep_gradients(trainer)
         if type(self.state) is not type(fresh := self.estimator.init(module)):

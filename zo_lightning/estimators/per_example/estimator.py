@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from zo_lightning.directions import mix
+from zo_lightning.distributed import Distributed, finite_everywhere
 from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
 from zo_lightning.estimators.per_example.feedback import Shrinkage
 from zo_lightning.estimators.per_example.noise import OutputNoise, Seen, SharedNoise
@@ -89,6 +90,8 @@ class PerExample(GradientEstimator):
         correction: ``λ`` in [0, 1] for all layers, or ``"auto"``.
         loss_gradient: ``"auto"`` as above, or ``"values"``: never autograd.
         seed: as in ``ZerothOrder``.
+        distributed: how several processes share the work of a step. Their estimates are averaged, each as large as the
+            weights; ``h`` is learned by each from what it sees, and a checkpoint keeps that of rank zero.
 
     Raises:
         ValueError: an argument is out of its range; in ``backward``, also where the loss closure gives a scalar
@@ -103,6 +106,7 @@ class PerExample(GradientEstimator):
     correction: float | Literal["auto"] = "auto"
     loss_gradient: Literal["auto", "values"] = "auto"
     seed: int | None = None
+    distributed: Distributed = field(default_factory=Distributed)
 
     needs_example_losses = True
     learns = True
@@ -151,16 +155,20 @@ class PerExample(GradientEstimator):
         objective.begin(mix(seed, step))
         weights = trained(objective, module)
         grads: dict[nn.Parameter, Tensor] = {}
-        with objective.guard(), as_parameters(weights):
+        own, stream = self.distributed.own(self.samples), self.distributed.stream
+        with finite_everywhere(weights[0].device, step), objective.guard(), as_parameters(weights):
             if known.trained != weights.names:  # at first, and when weights were frozen or unfrozen
                 known.begin([])  # a look that failed is repeated
                 self._look(objective, module, weights, known, mix(seed, step))
                 known.trained = weights.names
             total = torch.zeros((), device=weights[0].device)
-            for index in range(self.samples):
-                total += self._sample(objective, module, weights, known, mix(seed, step, index), grads)
+            for index in own:
+                total += self._sample(objective, module, weights, known, mix(seed, step, index, *stream), grads)
         known.steps += 1
-        return Estimate(total / self.samples, [(p, _like(p, grads.get(p), self.samples)) for p in weights])
+        estimate = Estimate(total / len(own), [(p, _like(p, grads.get(p), len(own))) for p in weights])
+        means = [estimate.loss, *(gradient for _, gradient in estimate.gradients)]
+        self.distributed.reduce(means, self.samples, weights, seed, step)
+        return estimate
 
     def _look(
         self, objective: Objective, module: nn.Module, weights: Weights, state: PerExampleState, seed: int
