@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zo_lightning.perturbed.layouts import Layout
 from zo_lightning.perturbed.rules import Noise, Operation, is_weight, register_composite, register_rule
 
 
@@ -37,6 +38,14 @@ class LinearOperation(Operation):
         assert total is not None
         return total
 
+    def weight_jvp_in(self, layout: Layout, noise: Sequence[Noise]) -> Tensor:
+        """The same with the examples elsewhere: those of the input are brought to the front."""
+        x, self.x = self.x, self.x.movedim(layout.axis, 0)
+        try:
+            return self.weight_jvp(noise).movedim(0, layout.axis)
+        finally:
+            self.x = x
+
     def weight_vjp(self, delta: Tensor) -> list[Tensor]:
         """The gradient of each of the two."""
         grads = []
@@ -66,6 +75,10 @@ class Linear(LinearOperation):
     def bind(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         """Take the arguments of the call."""
         self.take(input, weight, bias)
+
+    def takes(self, layout: Layout) -> bool:
+        """Any but the last dimension."""
+        return layout.axis < self.x.ndim - 1
 
     def _weight_jvp(self, *noise: Tensor) -> Tensor:
         examples, features = len(noise[0]), self.x.shape[-1]
@@ -181,6 +194,10 @@ class Embedding(LinearOperation):
         self.padding_idx = None if padding_idx is None else padding_idx % len(weight)
         self.table = weight
         self.take(input, weight, None)
+
+    def takes(self, layout: Layout) -> bool:
+        """Any dimension of the input."""
+        return layout.axis < self.x.ndim
 
     def _weight_jvp(self, *noise: Tensor) -> Tensor:
         if len(noise) == 1:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from zo_lightning.perturbed.layouts import FIRST, Layout
+
 Noise = tuple[Tensor, ...]
 """Of one weight, for each example: its entries [B, m n], or rows [B, m] and columns [B, n], of which they are products.
 
@@ -93,6 +95,14 @@ class Operation:
         chunk = max(1, _CHUNK // sum(w.numel() for w in self.weights))
         each = torch.func.vmap(of_one, randomness="same", chunk_size=chunk)
         return each([leaves[k] for k in sliced], *noise)
+
+    def takes(self, layout: Layout) -> bool:
+        """Whether noise on the weights can be given to examples that are there; generic: as dimension 0."""
+        return layout == FIRST
+
+    def weight_jvp_in(self, layout: Layout, noise: Sequence[Noise]) -> Tensor:
+        """The same as ``weight_jvp`` of an output that has the examples elsewhere, in a layout that it takes."""
+        raise NotImplementedError
 
     def weight_vjp(self, delta: Tensor) -> list[Tensor]:
         """The gradient of each weight, from the gradients [B, ...] of each example's loss by its own output.
