@@ -107,10 +107,13 @@ def test_what_is_written_or_mixed_is_opaque() -> None:
     def odd(self: Function, x: Tensor) -> Tensor:
         rows = torch.zeros(len(x), 3)
         rows[:] = self.w
-        return torch.lstm_cell(x, [rows, rows], self.v, self.v)[0] + rows
+        return torch.broadcast_tensors(x, self.v)[1] + rows
 
-    watched, _ = watch(Function(odd, w=torch.randn(3), v=torch.randn(12, 3)), torch.randn(B, 3))
-    assert watched.opaque == {"w": "__setitem__ writes it into a tensor", "v": "lstm_cell gives more than one tensor"}
+    watched, _ = watch(Function(odd, w=torch.randn(3), v=torch.randn(3)), torch.randn(B, 3))
+    assert watched.opaque == {
+        "w": "__setitem__ writes it into a tensor",
+        "v": "broadcast_tensors gives more than one tensor",
+    }
     assert not watched.uses
 
 

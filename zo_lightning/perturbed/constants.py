@@ -33,17 +33,19 @@ class Constants:
 
     Args:
         module: whose weights and buffers they are.
+        buffers: whether buffers are; a whole batch may be in one.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, buffers: bool = True) -> None:
+        self._module, self._buffers = module, buffers
         self._of: dict[int, Tensor] | None = None
 
     @property
     def ids(self) -> dict[int, Tensor]:
         """By id, the tensors."""
         if self._of is None:
-            self._of = {id(t): t for ts in (self._module.parameters(), self._module.buffers()) for t in ts}
+            self._of = {id(t): t for t in self._module.parameters()}
+            self._of |= {id(t): t for t in self._module.buffers() if self._buffers}
         return self._of
 
     def hold(self, func: Callable[..., Any], given: Sequence[Tensor]) -> bool:

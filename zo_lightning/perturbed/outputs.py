@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zo_lightning.perturbed import affine as _registers_rules  # noqa: F401
+from zo_lightning.perturbed import affine, attention, recurrent  # noqa: F401  # they register rules
 from zo_lightning.perturbed.constants import DROPOUTS, Constants
 from zo_lightning.perturbed.gates import MAX_POOL, RELU, Gate, Tracked, are_separate
 from zo_lightning.perturbed.rules import COMPOSITES, Made, Operation, operation, tensors_in, weights_in
@@ -88,6 +88,7 @@ class DisplacedOutputs(DisplacedWeights):
         value: what the uses of these see.
         before_write: as for ``DisplacedWeights``.
         gates: by key of a use, what hides its output, where that is wanted.
+        buffers: whether no example enters the module's buffers.
 
     Attributes:
         uses: by key, in the order of the pass.
@@ -106,6 +107,7 @@ class DisplacedOutputs(DisplacedWeights):
         value: Value | None = None,
         before_write: Callable[[Tensor], None] | None = None,
         gates: Mapping[str, Gate] | None = None,
+        buffers: bool = True,
     ) -> None:
         moved = weights.__getitem__ if value is None else lambda k: value(k) if k in shared else weights[k]
         super().__init__(weights, moved, weights.opaque if value is not None else (), before_write)
@@ -117,18 +119,23 @@ class DisplacedOutputs(DisplacedWeights):
         self.uses: dict[str, Use] = {}
         self.opaque = {weights.names[k]: "compiled code or TorchScript reads it" for k in weights.opaque}
         self.events = 0
-        self._constants = Constants(module)
+        self._constants = Constants(module, buffers)
         self._made: dict[int, Made] = {}
         self._tracked: dict[int, Tracked] = {}
         self._gated: dict[int, Use] = {}
         self._kept: list[Any] = []  # so that the ids of tensors in these dictionaries stay their own
         self._counts: dict[str, int] = {}
 
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether no example has entered a tensor of this pass."""
+        return id(tensor) in self._constants.ids
+
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function of PyTorch, displaced if it uses weights."""
         if func in ASKS:
             return func(*args, **kwargs)
-        if func in COMPOSITES:
+        given = tensors_in((args, kwargs))
+        if func in COMPOSITES and any(id(t) in self.ruled or id(t) in self._made for t in given):
             TorchFunctionMode.__enter__(self)
             try:
                 return COMPOSITES[func](*args, **kwargs)
@@ -136,7 +143,6 @@ class DisplacedOutputs(DisplacedWeights):
                 pass
             finally:
                 TorchFunctionMode.__exit__(self, None, None, None)
-        given = tensors_in((args, kwargs))
         if func in DROPOUTS and args and (id(args[0]) in self.ruled or id(args[0]) in self._made):
             return self._dropped(func, args, kwargs)
         constant = self._constants.hold(func, given)

@@ -190,6 +190,7 @@ class PerExample(GradientEstimator):
                 value,
                 objective.before_write,
                 {} if uses else gates,
+                state.buffers,
             )
             with watched_output(module, state.net) as output, objective.probe(), watched:
                 losses.append(objective.losses())

@@ -51,19 +51,25 @@ class Look:
     def take(self, state: PerExampleState) -> None:
         """Add what one pass shows to a state, which may know some uses already."""
         statistics: dict[str, tuple[Tensor, Tensor]] = {}
-        watched = self._watched(statistics=statistics)
+        watched = self.watched(state.buffers, statistics=statistics)
         with module_calls(self.module, watched) as calls, self.objective.probe(), watched:
             losses = self.objective.losses()
+        if state.buffers and watched.is_constant(losses):  # they may be of the batch
+            state.buffers = False
+            self.take(state)
+            return
         examples = len(losses)
-        layouts = self._layouts(watched.uses, losses, statistics)
+        layouts = self._layouts(watched.uses, _Search(self, losses, state.buffers, statistics))
         shared = dict(watched.opaque)
+        if watched.is_constant(losses):
+            shared |= dict.fromkeys(self.weights.names, "the losses depend on nothing but weights")
         for key, use in watched.uses.items():
             if key not in layouts:
                 shape, function = tuple(use.shape), getattr(use.operation.func, "__name__", "a function")
                 why = f"no dimension of the output {shape} of {function} holds the {examples} examples"
                 shared |= dict.fromkeys((watched.names[id(w)] for w in use.operation.weights), why)
         if shared.keys() - state.shared.keys():
-            self._warn(shared)
+            self._warn(shared | state.shared)
         state.used |= watched.uses.keys()
         state.shared |= shared
         for key, layout in layouts.items():
@@ -75,13 +81,16 @@ class Look:
             if state.net is None:
                 _log.warning("PerExample: no module's output [B, C] leads to the loss alone: no feedback is learned")
 
-    def _watched(
+    def watched(
         self,
+        buffers: bool,
         displacement: Callable[[Use], Tensor | None] | None = None,
         statistics: dict[str, tuple[Tensor, Tensor]] | None = None,
     ) -> DisplacedOutputs:
+        """The context of a pass."""
+        note = self.objective.before_write
         return DisplacedOutputs(
-            self.module, self.weights, displacement, 1.0, statistics, before_write=self.objective.before_write
+            self.module, self.weights, displacement, 1.0, statistics, before_write=note, buffers=buffers
         )
 
     def _warn(self, shared: Mapping[str, str]) -> None:
@@ -103,18 +112,17 @@ class Look:
             "; ".join(some),
         )
 
-    def _layouts(
-        self, uses: Mapping[str, Use], losses: Tensor, statistics: dict[str, tuple[Tensor, Tensor]]
-    ) -> dict[str, Layout]:
+    def _layouts(self, uses: Mapping[str, Use], search: "_Search") -> dict[str, Layout]:
         """By key of a use, where its output has the examples; without those for which that cannot be said.
 
         An output that its shape or a rule does not explain is tried: one example is displaced in layers that are
         known, or in that output itself, and what moves shows where the example is.
         """
-        examples, usual = len(losses), {key for key, use in uses.items() if use.is_by_example(len(losses))}
+        examples = search.examples
+        usual = {key for key, use in uses.items() if use.is_by_example(examples)}
         found = {key: FIRST for key in usual if not _is_ambiguous(uses[key], examples)}
         if len(found) < len(uses) and examples > 1:
-            search = _Search(self, losses, statistics)
+            search.begin()
             if found:
                 found = search.below(found)[0] | found
             for key in [key for key in uses if key not in found]:
@@ -152,11 +160,14 @@ class Look:
 class _Search:
     """Passes in which one example is displaced, against one in which none is."""
 
-    def __init__(self, look: Look, losses: Tensor, statistics: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self.look, self.statistics = look, statistics
+    def __init__(self, look: Look, losses: Tensor, buffers: bool, statistics: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.look, self.losses, self.buffers, self.statistics = look, losses, buffers, statistics
         self.examples, self.example = len(losses), len(losses) - 1
         self.still: dict[str, Tensor] = {}
         self.passes = 0
+
+    def begin(self) -> None:
+        """Run the pass in which none is displaced, and which rounds as the others do."""
         self.losses = self._losses(lambda use: self.still.update({use.key: use.output.clone()}))
 
     def below(self, sources: Mapping[str, Layout]) -> tuple[dict[str, Layout], set[int]]:
@@ -178,7 +189,7 @@ class _Search:
 
     def _losses(self, displacement: Callable[[Use], Tensor | None]) -> Tensor:
         self.passes += 1
-        with self.look.objective.probe(), self.look._watched(displacement, self.statistics):
+        with self.look.objective.probe(), self.look.watched(self.buffers, displacement, self.statistics):
             return self.look.objective.losses()
 
     def _displacement(self, output: Tensor, layout: Layout) -> Tensor:

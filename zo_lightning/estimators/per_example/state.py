@@ -57,6 +57,7 @@ class PerExampleState(State):
         layers: by key of a use, in the order of the net.
         used: keys of all uses.
         shared: names of the weights with one direction for the whole batch, and why.
+        buffers: whether no example enters the module's buffers.
         net: name of the module that makes the net's output, if there is one.
         last: key of the use that makes it, if one does.
         is_smooth: whether autograd gives the loss's gradient by the net's output; None: not tried.
@@ -77,6 +78,7 @@ class PerExampleState(State):
         self.layers: dict[str, Layer] = {}
         self.used: set[str] = set()
         self.shared: dict[str, str] = {}
+        self.buffers = True
         self.net: str | None = None
         self.last: str | None = None
         self.is_smooth: bool | None = None
@@ -91,6 +93,7 @@ class PerExampleState(State):
             "layers": {key: {**asdict(one), "layout": list(one.layout)} for key, one in self.layers.items()},
             "used": sorted(self.used),
             "shared": dict(self.shared),
+            "buffers": self.buffers,
             "net": self.net,
             "last": self.last,
             "is_smooth": self.is_smooth,
@@ -107,6 +110,7 @@ class PerExampleState(State):
             key: Layer(**{**layer, "layout": Layout(*layer["layout"])}) for key, layer in state["layers"].items()
         }
         self.used, self.shared = set(state["used"]), dict(state["shared"])
+        self.buffers = state["buffers"]
         self.net, self.last, self.is_smooth = state["net"], state["last"], state["is_smooth"]
         self.feedback.load_state_dict(state["feedback"])
         self.shrinkage.load_state_dict(state["shrinkage"])
