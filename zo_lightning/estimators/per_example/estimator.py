@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from zo_lightning.directions import mix
-from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
+from zo_lightning.estimators.base import Estimate, GradientEstimator, Loss, check_samples, resolve_seed, trained
 from zo_lightning.estimators.per_example.feedback import Shrinkage
 from zo_lightning.estimators.per_example.look import Look, matching
 from zo_lightning.estimators.per_example.noise import OutputNoise, Seen, SharedNoise
@@ -54,13 +54,15 @@ class PerExample(GradientEstimator):
     ``loss_gradient="values"``, it is measured by asking the loss alone for its values, with the output displaced:
     twice for each output up to 16, and for more along 16 random directions. Neither runs a layer, so neither counts as
     a forward pass. The layers' adjoints cost about one forward pass, in floating-point operations. The first step runs
-    one pass more, to see how the net uses its weights. Memory: the inputs and outputs of all layers in each pass and
+    one pass more, to see how the net uses its weights, or three where shapes do not say where the examples are; so does
+    a step that uses weights as none before. Memory: the inputs and outputs of all layers in each pass and
     noise as large, and the maps of ``Feedback``.
 
     Layers are displaced by the rules of ``perturbed.layers``; any other function of PyTorch with weights among its
-    arguments is differentiated on its own, if trying shows that examples are dimension 0 of its output. Weights that
-    are used in another way (an LSTM, TorchScript, compiled code) get one direction for the whole batch, as in
-    ``ZerothOrder``, and are named in a log line.
+    arguments is differentiated on its own. Where its output has the examples is seen from its shape, or tried: one
+    example is displaced, and what moves is its own. Weights that are used in another way (TorchScript, compiled code,
+    packed sequences) get one direction for the whole batch, as in ``ZerothOrder``, and are named in a log line;
+    ``shared_weights`` tells which.
 
     Batch normalisation in training mode couples the examples. All passes of a sample take the statistics of its first
     (where its weights are trainable: others stay coupled), so that a loss depends on its own example's noise alone.
@@ -83,7 +85,7 @@ class PerExample(GradientEstimator):
 
     Raises:
         ValueError: an argument is out of its range; in ``backward``, also where the loss closure gives a scalar
-            instead of one loss per example, or a weight is used more often than in the first step.
+            instead of one loss per example, or the passes of one step use different weights.
     """
 
     stencil: Stencil = field(default_factory=lambda: CentralDifference(1e-2))
@@ -149,9 +151,28 @@ class PerExample(GradientEstimator):
                 known.trained = weights.names
             total = torch.zeros((), device=weights[0].device)
             for index in range(self.samples):
-                total += self._sample(objective, module, weights, known, mix(seed, step, index), grads)
+                sample = mix(seed, step, index)
+                try:
+                    total += self._sample(objective, module, weights, known, sample, grads)
+                except _Unseen as unseen:
+                    for key in unseen.keys:
+                        known.layers.pop(key, None)
+                    self._look(objective, module, weights, known, mix(seed, step))
+                    total += self._sample(objective, module, weights, known, sample, grads)
         known.steps += 1
         return Estimate(total / self.samples, [(p, _like(p, grads.get(p), self.samples)) for p in weights])
+
+    def shared_weights(self, loss: Loss | Objective, module: nn.Module) -> dict[str, str]:
+        """The weights that would get one direction for the whole batch, by name, and why: what no rule covers.
+
+        Args:
+            loss: as for ``backward``.
+            module: owns the weights.
+        """
+        objective, state = Objective.of(loss, module), self.init(module)
+        with objective.guard():
+            self._look(objective, module, trained(objective, module), state, resolve_seed(self.seed))
+        return dict(state.shared)
 
     def _look(
         self, objective: Objective, module: nn.Module, weights: Weights, state: PerExampleState, seed: int
@@ -228,19 +249,20 @@ class PerExample(GradientEstimator):
         return torch.stack(losses).mean()
 
     def _check_uses(self, watched: DisplacedOutputs, state: PerExampleState, examples: int) -> None:
-        """Refuse uses of weights that the first step did not show, and outputs that turn out not to be of examples."""
+        """Ask for another look where weights are used as never before, or outputs turn out not to be of examples."""
         if unknown := (watched.uses.keys() - state.used) | (watched.opaque.keys() - state.shared.keys()):
-            raise ValueError(
-                f"{type(self).__name__} needs to see all uses of weights in its first step: "
-                f"{', '.join(sorted(unknown))} is new"
+            raise _Unseen(
+                f"{type(self).__name__} needs passes of one step to use the same weights, and "
+                f"{', '.join(sorted(unknown))} comes and goes"
             )
         for key in state.layers.keys() & watched.uses.keys():
             shape, layer = watched.uses[key].shape, state.layers[key]
             if not layer.fits(shape, examples):
-                raise ValueError(
+                raise _Unseen(
                     f"the output {tuple(shape)} of {key} does not hold {examples} examples in dimension "
                     f"{layer.layout.axis}: {type(self).__name__} needs them in one place of every layer's output; "
-                    "freeze the weight, or use it in another way"
+                    "freeze the weight, or use it in another way",
+                    key,
                 )
 
     def _difference(self, values: list[Tensor]) -> Tensor:
@@ -267,6 +289,14 @@ class PerExample(GradientEstimator):
         if layer.h is None:
             return 1.0
         return state.shrinkage.trust(layer.key) if self.correction == "auto" else float(self.correction)
+
+
+class _Unseen(ValueError):
+    """A pass was not like those that were looked at."""
+
+    def __init__(self, message: str, *keys: str) -> None:
+        super().__init__(message)
+        self.keys = keys  # of uses about which the state is wrong
 
 
 def _add(grads: dict[nn.Parameter, Tensor], found: list[tuple[nn.Parameter, Tensor]]) -> None:
