@@ -133,7 +133,9 @@ def test_accumulated_batches_and_skipped_ones(tmp_path: Path) -> None:
             for p, gradient in estimate.gradients:
                 p.grad = gradient * 0.5 if p.grad is None else p.grad.add_(gradient * 0.5)
             last = batch == 2
-            log.append(Step(step, float(estimate.loss), estimate.slopes, (0.1,) if last else (), scale=0.5, stepped=last))
+            log.append(
+                Step(step, float(estimate.loss), estimate.slopes, (0.1,) if last else (), scale=0.5, stepped=last)
+            )
         optimizer.step()
         optimizer.zero_grad()
     rebuilt = rebuild(tmp_path)

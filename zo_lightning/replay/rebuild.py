@@ -66,7 +66,10 @@ def rebuild(run: Path, to: int | None = None, progress: Callable[[int], object] 
 
 
 def replay_steps(
-    start: Start, records: Iterable[Record], to: int | None = None, progress: Callable[[int], object] = lambda step: None
+    start: Start,
+    records: Iterable[Record],
+    to: int | None = None,
+    progress: Callable[[int], object] = lambda step: None,
 ) -> Rebuilt:
     """Rebuild weights from a start and records, as ``rebuild`` does from files."""
     if to is not None and to < 0:
@@ -110,7 +113,9 @@ def _add(start: Start, weights: Weights, record: Step, state: State) -> None:
 
 def _step(start: Start, optimizer: torch.optim.Optimizer, record: Step) -> None:
     if len(record.rates) != len(optimizer.param_groups):
-        raise CannotReplay(f"step {record.step} has {len(record.rates)} learning rates for {len(optimizer.param_groups)}")
+        raise CannotReplay(
+            f"step {record.step} has {len(record.rates)} learning rates for {len(optimizer.param_groups)}"
+        )
     for group, rate in zip(optimizer.param_groups, record.rates, strict=True):
         group["lr"] = rate
     if start.clip is not None:

@@ -211,7 +211,9 @@ def whole(path: Path, write: Any) -> None:
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as safetensors writes them: on the CPU, without gaps, none sharing memory with another."""
-    return {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
 
 
 def _written(component: Any) -> Any:
