@@ -114,10 +114,10 @@ def _made(seeded: Mapping[str, Any], trust: bool) -> dict[str, Tensor]:
     try:
         parsed = parser.parse_object({"net": seeded["net"]})
         seed_everything(int(seeded["seed"]), verbose=False)
-        net: nn.Module = parser.instantiate_classes(parsed).net
+        made: Any = parser.instantiate_classes(parsed)
     except (ArgumentError, TypeError, ValueError) as error:
         raise CannotReplay(f"the net '{name}' cannot be made here: {error}") from error
-    return contiguous({f"net.{key}": value for key, value in net.state_dict().items()})
+    return contiguous({f"net.{key}": value for key, value in made.net.state_dict().items()})
 
 
 def _dotted(value: Any) -> Iterator[str]:

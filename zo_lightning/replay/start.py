@@ -181,7 +181,7 @@ class Start:
         if module.split(".")[:2] != ["torch", "optim"] and module.split(".")[:2] != ["zo_lightning", "optim"]:
             raise CannotReplay(f"the log names the optimizer '{self.optimizer}', which is none of torch.optim or ours")
         try:
-            made: type[torch.optim.Optimizer] = getattr(import_module(module), name)
+            made: Any = getattr(import_module(module), name)
             if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)):
                 raise CannotReplay(f"'{self.optimizer}' is no optimizer")
             groups = [as_settings(group) for group in self.groups]

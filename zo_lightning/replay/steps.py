@@ -169,7 +169,7 @@ def _unpacked(flags: int, step: int, slopes: int, rates: int, body: bytes) -> Re
     if flags & _SETTINGS:
         return Settings(step, tuple(json.loads(body)))
     if flags & _HASH:
-        return Check(step, *struct.unpack("<Q", body))
+        return Check(step, int.from_bytes(body, "little"))
     loss, *numbers = struct.unpack(f"<{len(body) // 8}d", body)
     return Step(
         step,
