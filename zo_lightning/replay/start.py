@@ -181,11 +181,14 @@ class Start:
         if module.split(".")[:2] != ["torch", "optim"] and module.split(".")[:2] != ["zo_lightning", "optim"]:
             raise CannotReplay(f"the log names the optimizer '{self.optimizer}', which is none of torch.optim or ours")
         try:
-            made: Any = getattr(import_module(module), name)
-            if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)):
+            found = getattr(import_module(module), name)
+            if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
                 raise CannotReplay(f"'{self.optimizer}' is no optimizer")
             groups = [as_settings(group) for group in self.groups]
-            return made([{**group, "params": [named[n] for n in group.pop("weights")]} for group in groups])
+            for group in groups:
+                group["params"] = [named[name] for name in group.pop("weights")]
+            make: Any = found
+            return make(groups)
         except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, CannotReplay):
                 raise

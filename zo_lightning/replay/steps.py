@@ -156,7 +156,7 @@ def _records(file: BinaryIO) -> Iterator[tuple[Record, int, int]]:
         checksum = zlib.crc32(head + body, checksum)
         if found != _CHECKSUM.pack(checksum):
             return
-        yield _unpacked(*_HEAD.unpack(head), body), file.tell(), checksum
+        yield _unpacked(body, *_HEAD.unpack(head)), file.tell(), checksum
 
 
 def _size(flags: int, step: int, slopes: int, rates: int) -> int:
@@ -165,7 +165,7 @@ def _size(flags: int, step: int, slopes: int, rates: int) -> int:
     return 8 if flags & _HASH else 8 * (1 + slopes + rates + bool(flags & _HAS_MU) + bool(flags & _HAS_SCALE))
 
 
-def _unpacked(flags: int, step: int, slopes: int, rates: int, body: bytes) -> Record:
+def _unpacked(body: bytes, flags: int, step: int, slopes: int, rates: int) -> Record:
     if flags & _SETTINGS:
         return Settings(step, tuple(json.loads(body)))
     if flags & _HASH:
