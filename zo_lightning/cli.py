@@ -17,7 +17,7 @@ from pytorch_lightning.cli import (
 )
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from zo_lightning.callbacks.gradient_free import GradientFree, driver_of
+from zo_lightning.callbacks.gradient_free import GradientFree
 from zo_lightning.callbacks.predictions import WritePredictions
 from zo_lightning.callbacks.weight_similarity import check_reference
 from zo_lightning.checkpoints import check_optimizer, check_weights, read_checkpoint
@@ -37,6 +37,7 @@ from zo_lightning.distributed import ProcessLost, WeightsDiverged
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import Classifier, EstimatedGradient, TrainingDiverged
 from zo_lightning.modules.configured import configured
+from zo_lightning.modules.driver import driver_of
 from zo_lightning.replay.command import COMMANDS as RUN_COMMANDS
 from zo_lightning.replay.command import export_command, replay_command
 from zo_lightning.study.command import COMMANDS as STUDY_COMMANDS

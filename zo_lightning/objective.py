@@ -156,10 +156,6 @@ class Objective:
         check_loss(loss)
         return loss.mean() if loss.ndim == 1 else loss
 
-    def backpropagate(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss`` to ``.grad`` of the weights."""
-        loss.backward()
-
     def commit(self) -> None:
         """Keep what the first probe did to buffers, frozen weights and inputs, as if it had been the only pass."""
         if self._after_first is not None:

@@ -93,7 +93,6 @@ def test_law_7_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(estimator:
     [
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"lr_interval": "batch"}, "lr_interval must be 'epoch' or 'step', got 'batch'"),
-        ({"gradient_clip_val": 0.0}, "gradient_clip_val must be positive or null, got 0.0"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:

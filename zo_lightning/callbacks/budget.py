@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from zo_lightning.callbacks.gradient_free import driver_of
+from zo_lightning.modules.driver import driver_of
 from zo_lightning.callbacks.reporting import log_scalars, tensorboards
 from zo_lightning.costs import FlopMeter
 from zo_lightning.modules.training_step import logs_now

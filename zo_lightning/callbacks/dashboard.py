@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from zo_lightning.callbacks.gradient_free import driver_of
+from zo_lightning.modules.driver import driver_of
 from zo_lightning.callbacks.reporting import tensorboards
 from zo_lightning.estimators import Backprop
 

@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from zo_lightning.callbacks.gradient_free import driver_of
+from zo_lightning.modules.driver import driver_of
 from zo_lightning.callbacks.reporting import log_scalars, say_once
 from zo_lightning.callbacks.weight_snapshots import check_at_least_1
 from zo_lightning.costs import uncounted
@@ -111,7 +111,7 @@ def _measured(
     estimator: GradientEstimator = driver.estimator
     gradient = {name: gradient[name] for name in estimate}
     if estimator.needs_example_losses:
-        d, share = _perturbed(driver.estimator_state, gradient)
+        d, share = _perturbed(driver.state, gradient)
         expected = estimator.expected_cosine(d, share, len(objective.seen[-1]), _spread(objective, module))
     else:
         expected = estimator.expected_cosine(sum(g.numel() for g in gradient.values()))

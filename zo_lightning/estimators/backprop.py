@@ -38,6 +38,6 @@ class Backprop(GradientEstimator):
         objective = Objective.of(loss, module)
         with objective.differentiated():
             value = objective.differentiable()
-            objective.backpropagate(value)
+            value.backward()
         objective.forward_passes += 3
         return value.detach()

@@ -10,6 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules.configured import configured
+from zo_lightning.modules.memory import Memory
 from zo_lightning.modules.mixin import EstimatedGradient
 from zo_lightning.modules.training_step import logs_now
 from zo_lightning.optim import AdaMM
@@ -134,7 +135,6 @@ class Classifier(EstimatedGradient, AutomaticClassifier):
             with ``T_max`` -1 ends with the run.
         lr_interval: ``"epoch"`` or ``"step"``: when the scheduler steps.
         mu_follows_lr: scale the estimator's ``mu`` with the learning rate, down to a thousandth.
-        gradient_clip_val: largest norm of the gradient estimate, or None.
         memory: ``"lean"`` trains in the memory of inference, ``"full"`` faster, ``"auto"`` chooses by size.
         num_classes: ≥ 2; the command line takes it from the data.
 
@@ -150,14 +150,10 @@ class Classifier(EstimatedGradient, AutomaticClassifier):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
         mu_follows_lr: bool = False,
-        gradient_clip_val: float | None = None,
-        memory: Literal["auto", "lean", "full"] = "auto",
+        memory: Memory = "auto",
         num_classes: int = 10,
     ) -> None:
         super().__init__(net, optimizer, lr_scheduler, lr_interval, num_classes)
         self.estimator = estimator
-        if gradient_clip_val is not None and not gradient_clip_val > 0:
-            raise ValueError(f"gradient_clip_val must be positive or null, got {gradient_clip_val}")
-        self.gradient_clip_val = gradient_clip_val
         self.mu_follows_lr = mu_follows_lr
         self.memory = memory

@@ -4,6 +4,7 @@ from typing import Any
 
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from zo_lightning.estimators import Backprop, GradientEstimator
@@ -39,3 +40,10 @@ def check_samplers(trainer: Any, estimator: GradientEstimator) -> None:
             "split='directions' needs the same batch in every process, and a DistributedSampler splits them: "
             "use Trainer(use_distributed_sampler=False) and a loader of equal order, or split='data'"
         )
+
+
+def keep_gradients(trainer: Any) -> None:
+    """Tell DDP not to average gradients that estimators give alike to all processes, from slopes that they share."""
+    model = trainer.strategy.model
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = False

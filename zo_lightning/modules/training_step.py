@@ -83,13 +83,15 @@ class TrainingStep(Objective):
         with finite_everywhere(self.module.device, self.module.global_step):  # type: ignore[arg-type]
             return super().differentiable()
 
-    def backpropagate(self, loss: Tensor) -> None:
-        """Let Lightning backpropagate."""
-        self.module.manual_backward(loss)  # type: ignore[operator]
+    def forward(self) -> None:
+        """Run the step once with its graph, for backpropagation."""
+        with self.differentiated():
+            self.differentiable()
+        self.forward_passes += 3
 
-    def replace_loss(self, loss: Tensor) -> None:
-        """Put the estimator's loss in the place of the first forward pass's, in the form ``training_step`` chose."""
-        self.output = {**self.output, "loss": loss} if isinstance(self.output, Mapping) else loss
+    def with_loss(self, loss: Tensor) -> Any:
+        """What the first forward pass returned, in the form that ``training_step`` chose, with another loss."""
+        return {**self.output, "loss": loss} if isinstance(self.output, Mapping) else loss
 
 
 class _Attributes:

@@ -1,0 +1,283 @@
+"""What stands between Lightning's automatic optimization and an estimator."""
+
+import inspect
+import math
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from functools import partial, wraps
+from typing import Any, Protocol
+
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from zo_lightning.costs import FlopMeter
+from zo_lightning.estimators import Backprop, GradientEstimator
+from zo_lightning.estimators.base import Estimate, step_by_tensor
+from zo_lightning.modules.delivery import delivering, whole
+from zo_lightning.modules.memory import Memory, chooses_lean
+from zo_lightning.modules.processes import check_processes, keep_gradients
+from zo_lightning.modules.training_step import NoLoss, TrainingStep, logs_now
+from zo_lightning.objective import NonFiniteLoss, Objective
+from zo_lightning.perturbed.state import State
+
+
+class TrainingDiverged(RuntimeError):
+    """So many losses in a row were NaN or infinite that training on makes no sense."""
+
+
+class Owner(Protocol):
+    """The settings that a ``Driver`` follows; they may change while it trains."""
+
+    estimator: GradientEstimator
+    memory: Memory
+    mu_follows_lr: bool
+    max_skipped_in_a_row: int
+
+
+class Driver:
+    """Puts an estimator into Lightning's automatic optimization: ``EstimatedGradient`` has one, and ``GradientFree``.
+
+    ``training_step`` asks the estimator and returns the loss without the net's graph, but such that differentiating it
+    gives the estimate, times what Lightning has scaled the loss by. All the rest is Lightning's own.
+
+    Args:
+        owner: whose settings it follows.
+
+    Attributes:
+        state: what the estimator has learned about the module.
+        forward_passes: of a batch, so far; backpropagation counts three per batch.
+        skipped_steps: batches so far whose loss was not finite.
+        estimated_objective: the loss whose gradient was estimated last, until the end of its batch.
+    """
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        self.reset(State())
+
+    def reset(self, state: State) -> None:
+        """Begin anew, with nothing spent."""
+        self.state = state
+        self.forward_passes = self.skipped_steps = self._skipped_in_a_row = 0
+        self.estimated_objective: Objective | None = None
+        self._flops = FlopMeter()
+        self._described: tuple[GradientEstimator | None, str] = None, ""
+        self._optimizer: torch.optim.Optimizer | None = None  # of the fit for which all is prepared
+        self._lean = False
+        self._batch: Any = None
+
+    @property
+    def estimator(self) -> GradientEstimator:
+        """The owner's."""
+        return self.owner.estimator
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations spent so far; NaN where they cannot be counted."""
+        return self._flops.total
+
+    @property
+    def mu_in_use(self) -> float | None:
+        """The finite-difference step in use, or None where the estimator has none."""
+        mu = self.estimator.mu
+        if mu is None or not self.owner.mu_follows_lr or self._optimizer is None:
+            return mu
+        group = self._optimizer.param_groups[0]
+        return mu * max(1e-3, group["lr"] / group["initial_lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned and spent so far."""
+        return {
+            "forward_passes": self.forward_passes,
+            "flops": self._flops.state_dict(),
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "estimator": self.state.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` left off."""
+        self.forward_passes, self.skipped_steps = state["forward_passes"], state["skipped_steps"]
+        self._flops.load_state_dict(state["flops"])
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self.state.load_state_dict(state["estimator"])
+
+    def expect_one_optimizer(self, module: LightningModule) -> None:
+        """Let the next call of ``configure_optimizers`` refuse several, which Lightning sends to manual optimization.
+
+        Raises:
+            MisconfigurationException: in that call.
+        """
+        own, in_place = module.configure_optimizers, vars(module).get("configure_optimizers")
+
+        @wraps(own)
+        def configure_optimizers() -> Any:
+            del vars(module)["configure_optimizers"]
+            if in_place is not None:  # the object has one beside its class's
+                vars(module)["configure_optimizers"] = in_place
+            configured: Any = own()
+            optimizers = configured[0] if _is_pair_of_lists(configured) else configured
+            if isinstance(optimizers, list | tuple) and len(optimizers) > 1 and module.automatic_optimization:
+                raise MisconfigurationException(
+                    f"an estimator trains by one optimizer, {type(module).__name__}.configure_optimizers gave "
+                    f"{len(optimizers)}: make one with several parameter groups, or step them in manual optimization "
+                    "and call estimator.backward(loss, module, step) in place of manual_backward, without mixin or "
+                    "callback"
+                )
+            return configured
+
+        vars(module)["configure_optimizers"] = configure_optimizers
+
+    def prepare(self, module: LightningModule, training_step: Callable[..., Any]) -> None:
+        """Check at the start of ``fit`` that module and trainer suit an estimator, and choose the memory.
+
+        Raises:
+            MisconfigurationException: they do not; the message says what to change.
+        """
+        trainer, name = module.trainer, type(module).__name__
+        if not module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{name} steps its optimizers itself, and an estimator takes its place in automatic optimization: call "
+                "estimator.backward(loss, module, step) in place of manual_backward, without mixin or callback"
+            )
+        if "dataloader_iter" in inspect.signature(training_step).parameters:
+            raise MisconfigurationException(
+                f"{name}.training_step takes a dataloader_iter, which cannot be asked twice for one batch: take a batch"
+            )
+        check_processes(trainer, self.estimator)
+        if not isinstance(self.estimator, Backprop):
+            keep_gradients(trainer)
+        if type(self.state) is not type(fresh := self.estimator.init(module)):
+            self.state = fresh
+        self._lean = chooses_lean(self.owner.memory, trainer, module, self.estimator)
+        self._optimizer = trainer.optimizers[0]
+        if self.owner.mu_follows_lr:
+            for group in self._optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+
+    def training_step(self, ask: Callable[..., Any], module: LightningModule, *args: Any, **kwargs: Any) -> Any:
+        """Estimate the gradient of a step's loss; return its output with a loss that hands the estimate to autograd.
+
+        Args:
+            ask: the module's own ``training_step``.
+            module: whose weights are trained.
+            args: of the training step.
+            kwargs: of the training step.
+
+        Raises:
+            TrainingDiverged: at the last of ``max_skipped_in_a_row`` losses that are not finite.
+        """
+        if self._optimizer is not module.trainer.optimizers[0]:  # a class of its own ``on_fit_start``
+            self.prepare(module, ask)
+        estimator = self.estimator if self.mu_in_use is None else self.estimator.with_mu(self.mu_in_use)
+        if module.trainer.fit_loop._skip_backward:  # StochasticWeightAveraging asks for BatchNorm's statistics alone
+            self.forward_passes += 1
+            with nullcontext() if estimator.is_exact else torch.no_grad():
+                return ask(*args, **kwargs)
+        objective = TrainingStep(ask, module, *args, **kwargs)
+        self.estimated_objective, self._batch = objective, args[0] if args else kwargs
+        try:
+            output = self._estimated(estimator, objective, module)
+        except NoLoss:
+            return None
+        except NonFiniteLoss as error:
+            self._skip(error, module.global_step)
+            return objective.with_loss(self._without_gradient(error, module))
+        finally:
+            self.forward_passes += objective.forward_passes
+            objective.output = None
+        self._skipped_in_a_row = 0
+        return output
+
+    def backward(
+        self, backward: Callable[..., None], module: LightningModule, loss: Tensor, *args: Any, **kw: Any
+    ) -> None:
+        """Let a module differentiate, and count that."""
+        with self._flops.step(module, self._batch, "backward") if self.estimator.is_exact else nullcontext():
+            backward(loss, *args, **kw)
+
+    def optimizer_step(
+        self,
+        step: Callable[..., None],
+        module: LightningModule,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        closure: Callable[[], Any] | None,
+    ) -> None:
+        """Let a module's optimizer step, and count what the update itself multiplies beside the closure's calls."""
+        with ExitStack() as counted:
+
+            def asked() -> Any:
+                counted.close()
+                result = None if closure is None else closure()
+                counted.enter_context(self._flops.step(module, self._batch, "update"))
+                return result
+
+            step(epoch, batch_idx, optimizer, asked)
+
+    def end_batch(self, module: LightningModule) -> None:
+        """Log what was spent, whenever the trainer logs."""
+        self.estimated_objective = self._batch = None
+        if not logs_now(module):
+            return
+        metrics = {
+            "lr": float(module.trainer.optimizers[0].param_groups[0]["lr"]),
+            "budget/forward_passes": float(self.forward_passes),
+            "skipped_steps": float(self.skipped_steps),
+        }
+        if math.isfinite(self.flops):
+            metrics["budget/flops"] = self.flops
+        if self.mu_in_use is not None:
+            metrics["mu"] = self.mu_in_use
+        module.log_dict(metrics)
+
+    def _estimated(self, estimator: GradientEstimator, objective: TrainingStep, module: LightningModule) -> Any:
+        if isinstance(estimator, Backprop):
+            self._flops.run(objective.forward, module, self._batch, "forward")
+            return objective.output
+        if self._described[0] is not self.estimator:
+            self._described = self.estimator, repr(self.estimator)
+        ask = partial(estimator.estimate, objective, module, module.global_step, self.state, self._lean)
+        estimate = self._flops.run(ask, module, self._batch, self._described[1])
+        objective.commit()
+        if self._lean:
+            return objective.with_loss(delivering(estimate.loss, partial(self._step_by_tensor, estimate)))
+        return objective.with_loss(delivering(estimate.loss, *whole(estimate)))
+
+    def _step_by_tensor(self, estimate: Estimate, scale: float) -> list[None]:
+        assert scale == 1 and self._optimizer is not None
+        step_by_tensor(self._optimizer, estimate)  # the optimizer's own step then finds no gradient
+        return [None]
+
+    def _without_gradient(self, error: NonFiniteLoss, module: LightningModule) -> Tensor:
+        """The loss of a skipped batch: nothing reaches ``.grad``, unless someone waits for all gradients."""
+        loss, trainer = torch.tensor(error.value, device=module.device), module.trainer
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # it skips the step by itself
+        if not scaled and not (self.estimator.is_exact and trainer.world_size > 1):  # whose processes add them up
+            return delivering(loss, lambda scale: [None])
+        value = math.nan if scaled else 0.0
+        params = [p for p in module.parameters() if p.requires_grad]
+        return delivering(loss, lambda scale: [torch.full_like(p, value) for p in params], params)
+
+    def _skip(self, error: NonFiniteLoss, step: int) -> None:
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.owner.max_skipped_in_a_row:
+            raise TrainingDiverged(
+                f"{error} for {self._skipped_in_a_row} batches in a row, at step {step}: training stops. "
+                "Try a smaller learning rate; checkpoints saved before are intact."
+            ) from error
+
+
+def driver_of(trainer: Any, module: LightningModule) -> Driver | None:
+    """What trains a module by an estimator: its own driver, or that of a callback; None without an estimator."""
+    for owner in (module, *trainer.callbacks):
+        if isinstance(driver := vars(owner).get("_driver"), Driver):
+            return driver
+    return None
+
+
+def _is_pair_of_lists(configured: Any) -> bool:
+    return isinstance(configured, list | tuple) and len(configured) == 2 and isinstance(configured[0], list)
