@@ -17,6 +17,7 @@ FLOORS = {
     "nets": 0,
     "data": 0,
     "snapshots": 0,
+    "step_log": 0,
     "filters": 0,
     "trajectories": 0,
     "perturbed": 1,

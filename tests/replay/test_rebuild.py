@@ -27,7 +27,7 @@ from zo_lightning.objective import Objective
 from zo_lightning.perturbed.weights import Weights
 from zo_lightning.replay.rebuild import FOLDER, STEPS, rebuild
 from zo_lightning.replay.start import CannotReplay, Start
-from zo_lightning.replay.steps import Check, Settings, Step, StepLog
+from zo_lightning.step_log import Check, Settings, Step, StepLog
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {

@@ -4,6 +4,7 @@ import json
 import re
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class Opened(tempfile.TemporaryDirectory[str]):
                     (folder / name).write_bytes(file.read(name))
         except FileNotFoundError as error:
             raise CannotReplay(f"'{self._run}' does not exist") from error
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError, ValueError) as error:
             raise CannotReplay(f"'{self._run}' is damaged, or not a run that was exported: {error}") from error
         if (folder / SEED).exists():
             seeded = json.loads((folder / SEED).read_text(encoding="utf-8"))
@@ -114,7 +115,8 @@ def _made(seeded: Mapping[str, Any], trust: bool) -> dict[str, Tensor]:
     try:
         parsed = parser.parse_object({"net": seeded["net"]})
         seed_everything(int(seeded["seed"]), verbose=False)
-        made: Any = parser.instantiate_classes(parsed)
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its newer name
+        made: Any = instantiate(parsed)
     except (ArgumentError, TypeError, ValueError) as error:
         raise CannotReplay(f"the net '{name}' cannot be made here: {error}") from error
     return contiguous({f"net.{key}": value for key, value in made.net.state_dict().items()})

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from zo_lightning.cli_errors import CommandParser, UserError
 from zo_lightning.replay.archive import Opened, export
 from zo_lightning.replay.rebuild import STEPS, rebuild, trajectory_folder
 from zo_lightning.replay.start import CannotReplay, contiguous, whole
-from zo_lightning.replay.steps import Step, read_steps
+from zo_lightning.step_log import Step, read_steps
 
 COMMANDS = {
     "replay": "rebuild the weights of any step of a run from its log, without data or forward passes",
@@ -52,8 +53,9 @@ def replay_command(words: list[str]) -> int:
     if options.out is not None:
         try:
             whole(options.out, lambda path: _write(path, options.out.suffix, rebuilt.tensors))
-        except OSError as error:
-            raise UserError(f"--out '{options.out}' cannot be written: {error.strerror or error}") from error
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--out '{options.out}' cannot be written: {reason}") from error
         print(f"They are in {options.out}.")
     return 0
 

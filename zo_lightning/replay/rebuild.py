@@ -11,7 +11,7 @@ from zo_lightning.distributed import fingerprint
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Weights
 from zo_lightning.replay.start import CannotReplay, Start, as_settings
-from zo_lightning.replay.steps import Check, Record, Settings, Step, read_steps
+from zo_lightning.step_log import Check, Record, Settings, Step, read_steps
 
 FOLDER, STEPS = "trajectory", "steps.log"
 

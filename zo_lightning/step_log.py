@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _MAGIC = b"zo_lightning steps 1\n"
-_HEAD = struct.Struct("<BIIB")  # flags, step, slopes, learning rates
+_HEAD = struct.Struct("<BIIBH")  # flags, step, slopes, learning rates, forward passes
 _CHECKSUM = struct.Struct("<I")
 _SKIPPED, _STEPPED, _LEAVES_TRACES, _HAS_MU, _HAS_SCALE, _HASH, _SETTINGS = (1 << k for k in range(7))
 
@@ -25,6 +25,7 @@ class Step:
         slopes: along each direction of the batch; none where it was skipped.
         rates: the learning rate of each of the optimizer's groups at its step; none where it did not step.
         mu: the finite-difference step, or None.
+        passes: forward passes of the batch that it took.
         scale: of the estimate in ``.grad``: 1, or 1 / batches where several are accumulated.
         skipped: whether the batch added nothing to ``.grad``.
         stepped: whether the optimizer stepped after it.
@@ -36,6 +37,7 @@ class Step:
     slopes: tuple[float, ...]
     rates: tuple[float, ...] = ()
     mu: float | None = None
+    passes: int = 0
     scale: float = 1.0
     skipped: bool = False
     stepped: bool = True
@@ -47,7 +49,7 @@ class Step:
         numbers = [self.loss, *self.slopes, *self.rates]
         numbers += [] if self.mu is None else [self.mu]
         numbers += [] if self.scale == 1.0 else [self.scale]
-        head = _HEAD.pack(flags, self.step, len(self.slopes), len(self.rates))
+        head = _HEAD.pack(flags, self.step, len(self.slopes), len(self.rates), self.passes)
         return head + struct.pack(f"<{len(numbers)}d", *numbers)
 
 
@@ -59,7 +61,7 @@ class Check:
     digest: int
 
     def _pack(self) -> bytes:
-        return _HEAD.pack(_HASH, self.step, 0, 0) + struct.pack("<Q", self.digest)
+        return _HEAD.pack(_HASH, self.step, 0, 0, 0) + struct.pack("<Q", self.digest)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Settings:
 
     def _pack(self) -> bytes:
         data = json.dumps(self.groups).encode()
-        return _HEAD.pack(_SETTINGS, self.step, len(data), 0) + data
+        return _HEAD.pack(_SETTINGS, self.step, len(data), 0, 0) + data
 
 
 Record = Step | Check | Settings
@@ -159,13 +161,13 @@ def _records(file: BinaryIO) -> Iterator[tuple[Record, int, int]]:
         yield _unpacked(body, *_HEAD.unpack(head)), file.tell(), checksum
 
 
-def _size(flags: int, step: int, slopes: int, rates: int) -> int:
+def _size(flags: int, step: int, slopes: int, rates: int, passes: int) -> int:
     if flags & _SETTINGS:
         return slopes
     return 8 if flags & _HASH else 8 * (1 + slopes + rates + bool(flags & _HAS_MU) + bool(flags & _HAS_SCALE))
 
 
-def _unpacked(body: bytes, flags: int, step: int, slopes: int, rates: int) -> Record:
+def _unpacked(body: bytes, flags: int, step: int, slopes: int, rates: int, passes: int) -> Record:
     if flags & _SETTINGS:
         return Settings(step, tuple(json.loads(body)))
     if flags & _HASH:
@@ -177,6 +179,7 @@ def _unpacked(body: bytes, flags: int, step: int, slopes: int, rates: int) -> Re
         tuple(numbers[:slopes]),
         tuple(numbers[slopes : slopes + rates]),
         numbers[slopes + rates] if flags & _HAS_MU else None,
+        passes,
         numbers[-1] if flags & _HAS_SCALE else 1.0,
         bool(flags & _SKIPPED),
         bool(flags & _STEPPED),
