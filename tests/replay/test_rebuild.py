@@ -174,6 +174,8 @@ def test_what_cannot_be_replayed_says_so(tmp_path: Path) -> None:
         Start.of(net, PerExample(), torch.optim.SGD(weights))
     with pytest.raises(CannotReplay, match=r"Own is none of torch\.optim"):
         Start.of(net, ZerothOrder(), Own(weights))
+    with pytest.raises(CannotReplay, match="LBFGS asks for the loss several times"):
+        Start.of(net, ZerothOrder(), torch.optim.LBFGS(weights))
     with pytest.raises(CannotReplay, match="train with the callback TrajectoryLog"):
         rebuild(tmp_path)
 

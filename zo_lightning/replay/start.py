@@ -70,6 +70,8 @@ class Start:
             raise CannotReplay(f"{type(estimator).__name__} takes more than slopes")
         if type(optimizer).__module__.split(".")[0] not in ("torch", "zo_lightning"):
             raise CannotReplay(f"{name} is none of torch.optim or zo_lightning")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise CannotReplay("LBFGS asks for the loss several times a step")
         if optimizer.state:
             raise CannotReplay(f"{name} has stepped already")
         weights = Weights.of(module)
