@@ -19,6 +19,7 @@ FLOORS = {
     "nets": 0,
     "data": 0,
     "snapshots": 0,
+    "step_log": 0,
     "filters": 0,
     "trajectories": 0,
     "perturbed": 1,
@@ -31,10 +32,11 @@ FLOORS = {
     "cli_errors": 4,
     "cli_parser": 5,
     "checkpoints": 5,
-    "callbacks": 5,
-    "study": 5,
-    "cli": 6,
-    "__main__": 7,
+    "callbacks": 6,
+    "replay": 5,
+    "study": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 # The package's own __init__ names everything, lazily, so it may import anything; for the others it is the roof.
 ROOF = "__init__"

@@ -32,6 +32,7 @@ from zo_lightning import (
     Sphere,
     ZerothOrder,
 )
+from zo_lightning.perturbed.weights import Weights
 
 SHAPES = ((3, 2), (4,))
 D = 10
@@ -167,6 +168,30 @@ def test_law_2_a_tensor_does_not_depend_on_the_others(u: Directions) -> None:
     small, large = torch.zeros(2), torch.zeros(50, 3)
     last = torch.zeros(6, 2)
     assert torch.equal(u.draw([small, last], 3, 4, 5)[1], u.draw([large, last], 3, 4, 5)[1])
+
+
+@directions
+@weight_space
+@pytest.mark.parametrize("lean", [False, True])
+def test_law_2_an_estimate_is_rebuilt_from_its_slopes(
+    make: Callable[[Directions, int], GradientEstimator], u: Directions, kurtosis: float, lean: bool
+) -> None:
+    net, loss = problem()
+    estimator = make(u, 3)
+    estimate = estimator.estimate(Objective(loss, net), net, 7, estimator.init(net), lean)
+    gradients = [(p, g.clone()) for p, g in estimate.gradients]
+    slopes, weights = estimate.slopes, Weights.of(net)
+    value = float(estimate.loss)
+    again = estimator.replay(weights, 7, value, slopes, estimator.init(net), lean)
+    assert float(again.loss) == value and len(slopes) == 3
+    for (p, g), (q, h) in zip(gradients, again.gradients, strict=True):
+        assert p is q and torch.equal(g, h)
+
+
+def test_law_2_what_slopes_do_not_make_says_so() -> None:
+    net, _ = problem()
+    with pytest.raises(NotImplementedError, match="PerExample cannot be replayed"):
+        PerExample().replay(Weights.of(net), 0, 1.0, (1.0,), PerExample().init(net))
 
 
 @forward_only

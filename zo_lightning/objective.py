@@ -178,6 +178,11 @@ class Objective:
         for p, value in self._moved:
             p.copy_(value)
 
+    @property
+    def moves_state(self) -> bool:
+        """Whether the first probe has changed a buffer, a frozen weight or an input."""
+        return bool(self._moved) or (self._after_first is not None and not self._buffers.equals(self._after_first))
+
     def before_write(self, tensor: Any) -> None:
         """Note that the loss is about to write into a tensor: frozen weights and inputs are put back later."""
         if not isinstance(tensor, Tensor):
@@ -243,6 +248,13 @@ class _Buffers:
 
     def __bool__(self) -> bool:
         return bool(self._saved)
+
+    def equals(self, other: "_Buffers") -> bool:
+        """Whether the same buffers had the same values."""
+        return len(self._saved) == len(other._saved) and all(
+            mine[2] is theirs[2] and torch.equal(mine[3], theirs[3])
+            for mine, theirs in zip(self._saved, other._saved, strict=True)
+        )
 
     def restore(self) -> None:
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """What every gradient estimator is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,10 +26,12 @@ class Estimate(NamedTuple):
         gradients: each trained weight with its estimate, like it in shape, strides, dtype and device. Lean ones are
             computed as they are asked for, one at a time, from the weights' shapes alone: a weight may be changed as
             soon as its estimate is there.
+        slopes: along the directions of the step, where ``replay`` rebuilds the estimate from them.
     """
 
     loss: Tensor
     gradients: Iterable[tuple[nn.Parameter, Tensor]]
+    slopes: tuple[float, ...] = ()
 
 
 class GradientEstimator(ABC):
@@ -43,12 +45,14 @@ class GradientEstimator(ABC):
         is_exact: whether the estimate is the gradient.
         can_be_lean: whether it can compute one tensor of the estimate at a time, in the memory of one.
         learns: whether a step depends on the state that earlier ones left: it must then be passed on.
+        replays: whether ``replay`` rebuilds an estimate from its slopes.
     """
 
     needs_example_losses: ClassVar[bool] = False
     is_exact: ClassVar[bool] = False
     can_be_lean: ClassVar[bool] = False
     learns: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
 
     @property
     def mu(self) -> float | None:
@@ -92,6 +96,24 @@ class GradientEstimator(ABC):
             NonFiniteLoss: a loss came out NaN or infinite.
             ValueError: the module has no weight that requires a gradient, or the loss has a shape that does not suit.
         """
+
+    def replay(
+        self, weights: Weights, step: int, loss: float, slopes: Sequence[float], state: State, lean: bool = False
+    ) -> Estimate:
+        """The estimate of an earlier step, from its slopes: no loss is asked, and it is the same bit for bit.
+
+        Args:
+            weights: like those of that step in shape, strides, dtype and device; values are not read.
+            step: its number.
+            loss: the loss that it came to.
+            slopes: of its directions, as ``Estimate.slopes`` gave them.
+            state: of the module.
+            lean: as for ``estimate``.
+
+        Raises:
+            NotImplementedError: slopes do not make an estimate (``replays`` is false).
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be replayed from slopes: its estimate takes more")
 
     def backward(self, loss: Loss | Objective, module: Parameters, step: int, state: State | None = None) -> Tensor:
         """Add an estimate of the gradient of ``loss`` to ``.grad`` of the trained weights, as ``loss.backward()`` does.

@@ -11,15 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_lightning.directions import Direction, Directions, Gaussian, mix
 from zo_lightning.distributed import Distributed
-from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
-from zo_lightning.estimators.weight_space import Probe, average, draw, isotropic_cosine, shared
+from zo_lightning.estimators.base import Estimate, check_samples, resolve_seed, trained
+from zo_lightning.estimators.weight_space import Probe, WeightSpace, average, shared
 from zo_lightning.objective import Objective, check_loss
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import DisplacedWeights, Recent, Weights
 
 
 @dataclass(frozen=True)
-class ForwardGradient(GradientEstimator):
+class ForwardGradient(WeightSpace):
     """Directional derivatives without finite differences, ``ĝ = (1/q) Σᵢ (∇f · uᵢ) uᵢ``; no ``mu``, no graph.
 
     Each direction is one forward pass in which every use of a weight sees a dual number, counted as two, since it
@@ -42,27 +42,20 @@ class ForwardGradient(GradientEstimator):
     seed: int | None = None
     distributed: Distributed = field(default_factory=Distributed)
 
-    can_be_lean = True
-
     def __post_init__(self) -> None:
         check_samples(self.samples)
-
-    def expected_cosine(self, d: float, share: float = 1.0, examples: int = 1, spread: float = 1.0) -> float:
-        """``√s / √(d/q + s(1 − 1/q))`` with the share ``s``, as for ``ZerothOrder``."""
-        return isotropic_cosine(self.directions, d, share, self.samples)
 
     def estimate(
         self, objective: Objective, module: nn.Module, step: int, state: State, lean: bool = False
     ) -> Estimate:
         """Push ``samples`` directions through the loss, and sum them up weighted by their slopes."""
-        seed = resolve_seed(self.seed)
-        objective.begin(mix(seed, step))
+        objective.begin(mix(resolve_seed(self.seed), step))
         weights = trained(objective, module)
         scripted = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]
         if any(p.requires_grad for m in scripted for p in m.parameters()):
             raise ValueError("ForwardGradient cannot see through TorchScript: freeze its weights, or take ZerothOrder")
 
-        drawn = partial(draw, self.directions, weights, seed=seed, step=step, state=state, lean=lean)
+        drawn = partial(self.draw, weights, step, state, lean)
 
         def probes(directions: Iterator[Direction]) -> Iterator[Probe]:
             for direction in directions:

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial, wraps
 from typing import Any, Protocol
@@ -15,12 +15,14 @@ from torch import Tensor
 from zo_lightning.costs import FlopMeter
 from zo_lightning.estimators import Backprop, GradientEstimator
 from zo_lightning.estimators.base import Estimate, step_by_tensor
-from zo_lightning.modules.delivery import delivering, whole
+from zo_lightning.modules.delivery import Deliver, delivering, whole
 from zo_lightning.modules.memory import Memory, chooses_lean
 from zo_lightning.modules.processes import check_processes, explain_loss, keep_gradients
 from zo_lightning.modules.training_step import NoLoss, TrainingStep, logs_now
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.state import State
+from zo_lightning.perturbed.weights import Weights
+from zo_lightning.step_log import Step
 
 
 class TrainingDiverged(RuntimeError):
@@ -34,6 +36,19 @@ class Owner(Protocol):
     memory: Memory
     mu_follows_lr: bool
     max_skipped_in_a_row: int
+
+
+class Recorder(Protocol):
+    """Keeps what the estimates of a run came to, and may know some already, from before the run was stopped."""
+
+    def recall(self, step: int) -> Step | None:
+        """What the next batch's estimate is known to come to, at ``global_step`` ``step``."""
+
+    def estimated(self, estimated: Step) -> None:
+        """Keep what a batch's estimate came to."""
+
+    def stepping(self, groups: list[dict[str, Any]]) -> None:
+        """Keep the settings with which the optimizer is about to step."""
 
 
 class Driver:
@@ -50,10 +65,14 @@ class Driver:
         forward_passes: of a batch, so far; backpropagation counts three per batch.
         skipped_steps: batches so far whose loss was not finite.
         estimated_objective: the loss whose gradient was estimated last, until the end of its batch.
+        scale: what Lightning has scaled the latest loss by, for accumulation or in 16-bit precision.
+        recorder: told of every estimate, and asked for those that are known; None for none.
     """
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
+        self.recorder: Recorder | None = None
+        self.scale = 1.0
         self.reset(State())
 
     def reset(self, state: State) -> None:
@@ -179,10 +198,12 @@ class Driver:
         objective = TrainingStep(ask, module, *args, **kwargs)
         self.estimated_objective, self._batch = objective, args[0] if args else kwargs
         try:
-            output = self._estimated(estimator, objective, module)
+            if self.recorder is None or (output := self._recalled(estimator, objective, module)) is None:
+                output = self._estimated(estimator, objective, module)
         except NoLoss:
             return None
         except NonFiniteLoss as error:
+            self._record(objective, module.global_step, error.value, skipped=True)
             self._skip(error, module.global_step)
             return objective.with_loss(self._without_gradient(error, module))
         finally:
@@ -213,6 +234,8 @@ class Driver:
             def asked() -> Any:
                 counted.close()
                 result = None if closure is None else closure()
+                if self.recorder is not None:
+                    self.recorder.stepping(optimizer.param_groups)
                 counted.enter_context(self._flops.step(module, self._batch, "update"))
                 return result
 
@@ -238,14 +261,55 @@ class Driver:
         if isinstance(estimator, Backprop):
             self._flops.run(objective.forward, module, self._batch, "forward")
             return objective.output
+        ask = partial(estimator.estimate, objective, module, module.global_step, self.state, self._lean)
+        estimate = self._flops.run(ask, module, self._batch, self._description)
+        objective.commit()
+        if self.recorder is not None:
+            self._record(objective, module.global_step, float(estimate.loss), estimate.slopes)
+        return self._handed_over(estimate, objective)
+
+    @property
+    def _description(self) -> str:
         if self._described[0] is not self.estimator:
             self._described = self.estimator, repr(self.estimator)
-        ask = partial(estimator.estimate, objective, module, module.global_step, self.state, self._lean)
-        estimate = self._flops.run(ask, module, self._batch, self._described[1])
-        objective.commit()
+        return self._described[1]
+
+    def _recalled(self, estimator: GradientEstimator, objective: TrainingStep, module: LightningModule) -> Any:
+        """What ``_estimated`` would return, from what is known of the batch, or None where it has to be asked.
+
+        Steps whose metrics are logged are asked in any case: the curves have no gaps, and what is known is checked.
+        """
+        assert self.recorder is not None
+        known = None if logs_now(module) else self.recorder.recall(module.global_step)
+        if known is None or known.leaves_traces or not self._flops.repeat(module, self._batch, self._description):
+            return None
+        objective.forward_passes = known.passes
+        if known.skipped:
+            raise NonFiniteLoss(known.loss)
+        self.recorder.estimated(known)
+        weights, step = Weights.of(module), module.global_step
+        estimate = estimator.replay(weights, step, known.loss, known.slopes, self.state, self._lean)
+        return self._handed_over(estimate, objective)
+
+    def _record(
+        self, objective: TrainingStep, step: int, loss: float, slopes: tuple[float, ...] = (), skipped: bool = False
+    ) -> None:
+        if self.recorder is not None:
+            traces = objective.leaves_traces
+            passes, mu = objective.forward_passes, self.mu_in_use
+            self.recorder.estimated(
+                Step(step, loss, slopes, mu=mu, passes=passes, skipped=skipped, stepped=False, leaves_traces=traces)
+            )
+
+    def _handed_over(self, estimate: Estimate, objective: TrainingStep) -> Any:
         if self._lean:
             return objective.with_loss(delivering(estimate.loss, partial(self._step_by_tensor, estimate)))
-        return objective.with_loss(delivering(estimate.loss, *whole(estimate)))
+        deliver, params = whole(estimate)
+        return objective.with_loss(delivering(estimate.loss, partial(self._scaled, deliver), params))
+
+    def _scaled(self, deliver: Deliver, scale: float) -> Sequence[Tensor | None]:
+        self.scale = scale
+        return deliver(scale)
 
     def _step_by_tensor(self, estimate: Estimate, scale: float) -> list[None]:
         assert scale == 1 and self._optimizer is not None
