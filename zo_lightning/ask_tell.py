@@ -10,7 +10,6 @@ import torch
 from zo_lightning.distributed import world_size
 from zo_lightning.estimators import ZerothOrder
 from zo_lightning.estimators.base import resolve_seed
-from zo_lightning.estimators.weight_space import draw
 from zo_lightning.evaluation import Told, points
 from zo_lightning.objective import NonFiniteLoss, check_loss
 from zo_lightning.parameters import Parameters, as_module, kept, mapped
@@ -62,15 +61,7 @@ class AskTell:
         """
         weights, estimator = Weights.of(self.module), self.estimator
         position = {id(p): k for k, p in enumerate(weights)}
-        drawn = draw(
-            estimator.directions,
-            weights,
-            range(estimator.samples),
-            seed=resolve_seed(estimator.seed),
-            step=self.step,
-            state=self._state,
-            lean=False,
-        )
+        drawn = estimator.draw(weights, self.step, self._state, False, range(estimator.samples))
 
         def candidate(at: Value) -> Any:
             return mapped(

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zo_lightning.directions import Direction, Directions, Gaussian, mix
 from zo_lightning.distributed import Distributed
 from zo_lightning.estimators.base import Estimate, check_samples, resolve_seed, trained
-from zo_lightning.estimators.weight_space import Probe, WeightSpace, average, shared
+from zo_lightning.estimators.weight_space import Probe, WeightSpace
 from zo_lightning.objective import Objective, check_loss
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import DisplacedWeights, Recent, Weights
@@ -55,15 +54,11 @@ class ForwardGradient(WeightSpace):
         if any(p.requires_grad for m in scripted for p in m.parameters()):
             raise ValueError("ForwardGradient cannot see through TorchScript: freeze its weights, or take ZerothOrder")
 
-        drawn = partial(self.draw, weights, step, state, lean)
-
         def probes(directions: Iterator[Direction]) -> Iterator[Probe]:
             for direction in directions:
                 yield direction, *_pushed(objective, weights, direction)
 
-        with objective.guard():
-            asked = shared(self.distributed, drawn, probes, self.samples, weights, seed, step)
-            return average(weights, asked, self.samples)
+        return self.estimate_along(objective, weights, step, state, lean, probes)
 
 
 def _pushed(objective: Objective, weights: Weights, direction: Direction) -> tuple[float, float]:

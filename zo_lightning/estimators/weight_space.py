@@ -3,6 +3,7 @@
 import math
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from zo_lightning.directions import Coordinate, Direction, Directions
 from zo_lightning.distributed import Distributed, Probed, world_size
 from zo_lightning.estimators.base import Estimate, GradientEstimator, resolve_seed
-from zo_lightning.objective import NonFiniteLoss
+from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Weights
 
@@ -25,11 +26,13 @@ class WeightSpace(GradientEstimator, ABC):
         directions: the distribution of ``u``.
         samples: ``q`` ≥ 1.
         seed: of the directions; None takes the one given to ``torch.manual_seed`` or ``seed_everything``.
+        distributed: how several processes share the work of a step.
     """
 
     directions: Directions
     samples: int
     seed: int | None
+    distributed: Distributed
 
     can_be_lean = True
     replays = True
@@ -58,6 +61,44 @@ class WeightSpace(GradientEstimator, ABC):
             direction = self.directions.draw(weights, seed, step, index, weights.still)
             yield direction if lean else direction.hold(state.scratch("direction", weights) if index else None)
 
+    def estimate_along(
+        self,
+        objective: Objective,
+        weights: Weights,
+        step: int,
+        state: State,
+        lean: bool,
+        probes: Callable[[Iterator[Direction]], Iterator[Probe]],
+    ) -> Estimate:
+        """Probe the ``samples`` directions of a step, with the help of other processes where there are any; average.
+
+        This process probes its part; then all directions are drawn again, and come with the losses and slopes of all.
+
+        Args:
+            objective: the loss.
+            weights: of this process.
+            step: the number of this training step.
+            state: of the module.
+            lean: as for ``estimate``.
+            probes: asks for the losses and slopes along directions.
+
+        Raises:
+            NonFiniteLoss: a loss of any process is NaN or infinite.
+        """
+        drawn = partial(self.draw, weights, step, state, lean)
+        with objective.guard():
+            if world_size() == 1:
+                return average(weights, probes(drawn(range(self.samples))), self.samples)
+            own = self.distributed.own(self.samples)
+            probed: list[Probed] = []
+            try:
+                probed.extend((loss, slope) for _, loss, slope in probes(drawn(own)))
+            except NonFiniteLoss as error:  # the others learn of it with the losses
+                probed = [(error.value, error.value)] * len(own)
+            exchanged = self.distributed.exchange(probed, self.samples, weights, resolve_seed(self.seed), step)
+            pairs = zip(drawn(range(self.samples)), exchanged, strict=True)
+            return average(weights, ((direction, *pair) for direction, pair in pairs), self.samples)
+
     def replay(
         self, weights: Weights, step: int, loss: float, slopes: Sequence[float], state: State, lean: bool = False
     ) -> Estimate:
@@ -67,45 +108,6 @@ class WeightSpace(GradientEstimator, ABC):
             probes = ((direction, loss, slope) for direction, slope in zip(directions, slopes, strict=True))
             estimate = average(weights, probes, len(slopes))
         return estimate._replace(loss=torch.tensor(loss, device=weights[0].device))
-
-
-def shared(
-    distributed: Distributed,
-    drawn: Callable[[Sequence[int]], Iterator[Direction]],
-    probes: Callable[[Iterator[Direction]], Iterator[Probe]],
-    samples: int,
-    weights: Weights,
-    seed: int,
-    step: int,
-) -> Iterator[Probe]:
-    """Probe the ``samples`` directions of a step, with the help of other processes where there are any.
-
-    This process probes its part; then all directions are drawn again, and come with the losses and slopes of all.
-
-    Args:
-        distributed: which part is whose.
-        drawn: draws the directions of the given indices.
-        probes: asks for their losses and slopes.
-        samples: directions of the step.
-        weights: of this process.
-        seed: of the directions.
-        step: the number of this training step.
-
-    Raises:
-        NonFiniteLoss: a loss of any process is NaN or infinite.
-    """
-    if world_size() == 1:
-        yield from probes(drawn(range(samples)))
-        return
-    own = distributed.own(samples)
-    probed: list[Probed] = []
-    try:
-        probed.extend((loss, slope) for _, loss, slope in probes(drawn(own)))
-    except NonFiniteLoss as error:  # the others learn of it with the losses
-        probed = [(error.value, error.value)] * len(own)
-    exchanged = distributed.exchange(probed, samples, weights, seed, step)
-    for direction, (loss, slope) in zip(drawn(range(samples)), exchanged, strict=True):
-        yield direction, loss, slope
 
 
 def average(weights: Weights, probes: Iterable[Probe], samples: int) -> Estimate:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import fmean
 
 from torch import nn
@@ -11,7 +10,7 @@ from typing_extensions import Self
 from zo_lightning.directions import Direction, Directions, Sphere, mix
 from zo_lightning.distributed import Distributed
 from zo_lightning.estimators.base import Estimate, check_samples, resolve_seed, trained
-from zo_lightning.estimators.weight_space import Probe, WeightSpace, average, shared
+from zo_lightning.estimators.weight_space import Probe, WeightSpace
 from zo_lightning.evaluation import Evaluation, OneByOne
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.state import State
@@ -71,7 +70,6 @@ class ZerothOrder(WeightSpace):
         """Probe the loss along ``samples`` directions and sum them up, each weighted by its slope."""
         objective.begin(mix(resolve_seed(self.seed), step))
         weights = trained(objective, module)
-        drawn = partial(self.draw, weights, step, state, lean)
         offsets = self.stencil.offsets
 
         def probes(directions: Iterator[Direction]) -> Iterator[Probe]:
@@ -79,6 +77,4 @@ class ZerothOrder(WeightSpace):
                 loss = losses[offsets.index(0.0)] if 0.0 in offsets else fmean(losses)
                 yield direction, loss, self.stencil.slope(losses)
 
-        with objective.guard():
-            asked = shared(self.distributed, drawn, probes, self.samples, weights, seed, step)
-            return average(weights, asked, self.samples)
+        return self.estimate_along(objective, weights, step, state, lean, probes)
