@@ -6,6 +6,7 @@ A new distribution or estimator gets all of these tests by adding a row.
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from zo_lightning import (
     Sphere,
     ZerothOrder,
 )
+from zo_lightning.perturbed.weights import Weights
 
 SHAPES = ((3, 2), (4,))
 D = 10
@@ -166,6 +168,30 @@ def test_law_2_a_tensor_does_not_depend_on_the_others(u: Directions) -> None:
     small, large = torch.zeros(2), torch.zeros(50, 3)
     last = torch.zeros(6, 2)
     assert torch.equal(u.draw([small, last], 3, 4, 5)[1], u.draw([large, last], 3, 4, 5)[1])
+
+
+@directions
+@weight_space
+@pytest.mark.parametrize("lean", [False, True])
+def test_law_2_an_estimate_is_rebuilt_from_its_slopes(
+    make: Callable[[Directions, int], GradientEstimator], u: Directions, kurtosis: float, lean: bool
+) -> None:
+    net, loss = problem()
+    estimator = make(u, 3)
+    estimate = estimator.estimate(Objective(loss, net), net, 7, estimator.init(net), lean)
+    gradients = [(p, g.clone()) for p, g in estimate.gradients]
+    slopes, weights = estimate.slopes, Weights.of(net)
+    value = float(estimate.loss)
+    again = estimator.replay(weights, 7, value, slopes, estimator.init(net), lean)
+    assert float(again.loss) == value and len(slopes) == 3
+    for (p, g), (q, h) in zip(gradients, again.gradients, strict=True):
+        assert p is q and torch.equal(g, h)
+
+
+def test_law_2_what_slopes_do_not_make_says_so() -> None:
+    net, _ = problem()
+    with pytest.raises(NotImplementedError, match="PerExample cannot be replayed"):
+        PerExample().replay(Weights.of(net), 0, 1.0, (1.0,), PerExample().init(net))
 
 
 @forward_only
@@ -360,3 +386,98 @@ def test_gradients_have_the_strides_of_the_weights(make: Make) -> None:
     estimated(make(2), lambda: F.cross_entropy(net(x), y, reduction="none"), net)
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.stride() == p.stride(), name
+
+
+class Held(nn.Module):
+    """A net whose weights are used by functions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.b, self.v = (nn.Parameter(torch.randn(shape)) for shape in ((4, 5), (4,), (3, 4)))
+
+
+PLAIN: dict[str, Callable[[list[Tensor]], object]] = {
+    "list": lambda tensors: tensors,
+    "tuple": tuple,
+    "generator": iter,
+    "dict": lambda tensors: dict(zip("wbv", tensors, strict=True)),
+    "nested": lambda tensors: {"first": tensors[:2], "last": {"v": tensors[2]}},
+    "named": lambda tensors: zip("wbv", tensors, strict=True),
+}
+
+
+def functional(w: Tensor, b: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    x, y = torch.randn(8, 5, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
+    return lambda: F.cross_entropy(F.linear(F.linear(x, w, b).tanh(), v), y, reduction="none")
+
+
+@every
+@pytest.mark.parametrize("form", PLAIN.values(), ids=PLAIN.keys())
+def test_law_9_plain_tensors_are_trained_as_those_of_a_module(
+    make: Make, form: Callable[[list[Tensor]], object]
+) -> None:
+    net, estimator = Held(), make(2)
+    estimated(estimator, functional(net.w, net.b, net.v), net)
+    tensors = [p.detach().clone().requires_grad_() for p in net.parameters()]
+    before = [t.detach().clone() for t in tensors]
+    estimator.backward(functional(*tensors), form(tensors), 0, estimator.init(form(tensors)))  # type: ignore[arg-type]
+    for tensor, p, start in zip(tensors, net.parameters(), before, strict=True):
+        assert tensor.grad is not None and p.grad is not None and torch.equal(tensor.grad, p.grad)
+        assert torch.equal(tensor, start) and not isinstance(tensor, nn.Parameter)
+
+
+@pytest.mark.parametrize("make", LEAN.values(), ids=LEAN.keys())
+def test_law_9_the_lean_update_takes_plain_tensors(make: Make) -> None:
+    ends = []
+    for lean in (False, True):
+        tensors = {name: p.detach().clone().requires_grad_() for name, p in Held().named_parameters()}
+        optimizer, estimator = torch.optim.Adam(tensors.values(), lr=1e-2), make(2)
+        loss, known = functional(**tensors), estimator.init(tensors)
+        if lean:
+            estimator.update(optimizer, loss, tensors, 0, known)
+        else:
+            estimator.backward(loss, tensors, 0, known)
+            optimizer.step()
+        ends.append(flat(list(tensors.values())))
+    assert torch.equal(*ends)
+
+
+ZEROTH_ORDER = {name: make for name, make in FORWARD_ONLY.items() if not isinstance(make(1), ForwardGradient)}
+GRAPH = {name: make for name, make in EVERY.items() if name not in ZEROTH_ORDER}
+OUTSIDE: dict[str, Callable[[Tensor], object]] = {
+    "array": lambda losses: losses.detach().numpy(),
+    "numpy_scalar": lambda losses: losses.detach().numpy().mean(),
+    "float": lambda losses: losses.mean().item(),
+}
+
+
+@pytest.mark.parametrize("make", ZEROTH_ORDER.values(), ids=ZEROTH_ORDER.keys())
+@pytest.mark.parametrize("outside", OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_law_10_losses_may_be_numbers_and_arrays(make: Make, outside: Callable[[Tensor], object]) -> None:
+    net, loss = problem()
+    estimator = make(2)
+    if estimator.needs_example_losses and np.ndim(outside(torch.ones(2))) == 0:
+        with pytest.raises(ValueError, match="needs the loss of each example"):
+            estimated(estimator, lambda: outside(loss()), net)  # type: ignore[arg-type,return-value]
+        return
+    inside = (
+        estimated(replace(estimator, loss_gradient="values"), loss, net)
+        if isinstance(estimator, PerExample)
+        else estimated(estimator, loss, net)
+    )
+    found = estimated(estimator, lambda: outside(loss()), net)  # type: ignore[arg-type,return-value]
+    assert found.dtype == inside.dtype
+    # The mean in float64, or by NumPy, rounds a float32 loss of order 1 by 1e-7, divided by 2 mu = 2e-3.
+    assert torch.allclose(found, inside, atol=5 * 1e-4 * float(inside.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("make", GRAPH.values(), ids=GRAPH.keys())
+@pytest.mark.parametrize("outside", OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_law_10_derivatives_need_a_graph(make: Make, outside: Callable[[Tensor], object]) -> None:
+    net, loss = problem()
+    before = state(net)
+    with pytest.raises(ValueError, match="ZerothOrder needs values alone"):
+        estimated(make(1), lambda: outside(loss()), net)  # type: ignore[arg-type,return-value]
+    if not make(1).is_exact:
+        assert_unchanged(net, before)

@@ -1,6 +1,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -70,11 +71,46 @@ def test_non_finite_loss(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "shown"), [(torch.zeros(3, 1), r"shape \(3, 1\)"), (None, "NoneType"), (1.0, "float")]
+    ("loss", "shown"),
+    [
+        (torch.zeros(3, 1), r"shape \(3, 1\)"),
+        (np.zeros((3, 1)), r"shape \(3, 1\)"),
+        (np.zeros(0), r"shape \(0,\)"),
+        (np.array(["a"]), "ndarray"),
+        (None, "NoneType"),
+        ([1.0], "list"),
+        (1j, "complex"),
+    ],
 )
-def test_loss_must_be_a_scalar_tensor(loss: object, shown: str) -> None:
-    with pytest.raises(ValueError, match=f"a tensor with one element, or with one per example, got {shown}"):
+def test_loss_must_be_a_number_or_one_per_example(loss: object, shown: str) -> None:
+    with pytest.raises(ValueError, match=f"of one element or one per example, got {shown}"):
         Objective(lambda: loss, nn.Linear(1, 1))()  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        2,
+        2.0,
+        np.float32(2),
+        np.float64(2),
+        np.int64(2),
+        np.array(2.0),
+        np.array([2]),
+        np.array([1.0, 3.0]),
+        np.array([[2.0]]),
+        torch.tensor([1.0, 3.0]),
+    ],
+    ids=lambda value: f"{type(value).__name__}{np.shape(value)}",
+)
+def test_loss_may_be_a_number_or_an_array(loss: object) -> None:
+    assert Objective(lambda: loss, nn.Linear(1, 1))() == 2.0
+
+
+@pytest.mark.parametrize("loss", [float("nan"), np.array([1.0, math.inf])])
+def test_non_finite_numbers(loss: object) -> None:
+    with pytest.raises(NonFiniteLoss):
+        Objective(lambda: loss, nn.Linear(1, 1))()
 
 
 def test_forward_passes_are_counted() -> None:

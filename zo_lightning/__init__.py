@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zo_lightning.ask_tell import AskTell
+    from zo_lightning.black_box import BlackBox, BlackBoxLoss, EvaluationFailed
     from zo_lightning.callbacks.gradient_free import GradientFree
     from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere
     from zo_lightning.distributed import Distributed, ProcessLost, WeightsDiverged
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
         ZerothOrder,
     )
     from zo_lightning.evaluation import Evaluation, OneByOne
+    from zo_lightning.minimization import Result, minimize
     from zo_lightning.modules import (
         AutomaticClassifier,
         AutomaticRegressor,
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from zo_lightning.stencils import CentralDifference, ForwardDifference, Stencil
 
 _HOMES = {
+    "ask_tell": ("AskTell",),
+    "black_box": ("BlackBox", "BlackBoxLoss", "EvaluationFailed"),
     "callbacks.gradient_free": ("GradientFree",),
     "directions": ("Coordinate", "Directions", "Gaussian", "LowRank", "Rademacher", "Sphere"),
     "distributed": ("Distributed", "ProcessLost", "WeightsDiverged"),
@@ -43,6 +48,7 @@ _HOMES = {
         "ZerothOrder",
     ),
     "evaluation": ("Evaluation", "OneByOne"),
+    "minimization": ("Result", "minimize"),
     "modules": (
         "AutomaticClassifier",
         "AutomaticRegressor",
@@ -60,9 +66,12 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdaMM",
+    "AskTell",
     "AutomaticClassifier",
     "AutomaticRegressor",
     "Backprop",
+    "BlackBox",
+    "BlackBoxLoss",
     "CentralDifference",
     "Classifier",
     "Coordinate",
@@ -70,6 +79,7 @@ __all__ = [
     "Distributed",
     "EstimatedGradient",
     "Evaluation",
+    "EvaluationFailed",
     "ForwardDifference",
     "ForwardGradient",
     "Gaussian",
@@ -84,6 +94,7 @@ __all__ = [
     "ProcessLost",
     "Rademacher",
     "Regressor",
+    "Result",
     "ScalableCNN",
     "SignSGD",
     "SmallCNN",
@@ -92,6 +103,7 @@ __all__ = [
     "TrainingDiverged",
     "WeightsDiverged",
     "ZerothOrder",
+    "minimize",
 ]
 
 

@@ -38,7 +38,10 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import Classifier, EstimatedGradient, TrainingDiverged
 from zo_lightning.modules.configured import configured
 from zo_lightning.modules.driver import driver_of
-from zo_lightning.study.command import COMMANDS, report, study
+from zo_lightning.replay.command import COMMANDS as RUN_COMMANDS
+from zo_lightning.replay.command import export_command, replay_command
+from zo_lightning.study.command import COMMANDS as STUDY_COMMANDS
+from zo_lightning.study.command import report, study
 from zo_lightning.study.folder import FINISHED
 
 
@@ -225,6 +228,10 @@ def main(args: list[str] | None = None) -> int:
             return study(words[1:], fit)
         if words[:1] == ["report"]:
             return report(words[1:], fit)
+        if words[:1] == ["replay"]:
+            return replay_command(words[1:])
+        if words[:1] == ["export"]:
+            return export_command(words[1:])
         CLI(args)
     except UserError as error:
         return _fail(error, 2)
@@ -244,7 +251,8 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _others() -> str:
-    return "There are also " + " and ".join(f"`{name}` ({what})" for name, what in COMMANDS.items()) + "."
+    commands = {**STUDY_COMMANDS, **RUN_COMMANDS}
+    return "There are also " + ", ".join(f"`{name}` ({what})" for name, what in commands.items()) + "."
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -1,9 +1,11 @@
 """What a user reads when the command line or a configuration is wrong."""
 
+import argparse
 import inspect
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
@@ -32,6 +34,14 @@ BASES: dict[str, type] = {
 
 class UserError(Exception):
     """A mistake in the command line, a configuration or the files it names: one or two lines, no traceback."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a subcommand that is not Lightning's: mistakes are raised as ``UserError``."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ``UserError``."""
+        raise UserError(message)
 
 
 def explain_parsing(message: str, parser: ArgumentParser) -> str:

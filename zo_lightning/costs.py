@@ -74,6 +74,14 @@ class FlopMeter:
             _log.warning("floating-point operations stay unknown, as this step cannot be watched: %s", error)
             return result
 
+    def repeat(self, module: nn.Module, batch: Any, *context: Hashable) -> bool:
+        """Count a step as ``run`` would, without running it; return whether its cost is known already."""
+        kind = self._kind(module, batch, context)
+        if self._is_open(kind):
+            return False
+        self.total += kind.flops
+        return True
+
     def step(self, module: nn.Module, batch: Any, *context: Hashable) -> AbstractContextManager[None]:
         """Count what happens inside, as ``run`` does, but without a second try."""
         return self._counted(self._kind(module, batch, context))

@@ -1,13 +1,16 @@
 """How the losses along the directions of a step are obtained."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+from zo_lightning.black_box import BlackBoxLoss
 from zo_lightning.directions import Direction
-from zo_lightning.objective import Objective
+from zo_lightning.objective import Objective, check_loss
 from zo_lightning.perturbed.state import State
-from zo_lightning.perturbed.weights import Recent, Weights
+from zo_lightning.perturbed.weights import Recent, Value, Weights
 from zo_lightning.stencils import Stencil
 
 Probe = tuple[Direction, tuple[float, ...]]
@@ -31,16 +34,20 @@ class Evaluation(ABC):
 
 @dataclass(frozen=True)
 class OneByOne(Evaluation):
-    """One forward pass after the other; the loss at the weights themselves is asked once and shared."""
+    """One forward pass after the other; the loss at the weights themselves is asked once and shared.
+
+    A black box that takes many candidates (``BlackBox.after``) then gets the outputs of all passes of the step at once.
+    """
 
     def probes(
         self, objective: Objective, weights: Weights, directions: Iterable[Direction], stencil: Stencil, state: State
     ) -> Iterator[Probe]:
         """Yield one direction after the other, each drawn when it is its turn."""
-        centre = None
-        if 0.0 in stencil.offsets:  # watched as the others are: some of PyTorch's functions then round differently
-            here = Recent(weights, lambda k: weights[k].detach().clone().requires_grad_())  # a loss may write into it
-            centre = state.loss_at(objective, weights, here)
+        loss = objective.loss
+        if isinstance(loss, BlackBoxLoss) and loss.takes_many:
+            yield from _together(loss, objective, weights, directions, stencil, state)
+            return
+        centre = state.loss_at(objective, weights, _here(weights)) if 0.0 in stencil.offsets else None
         for direction in directions:
             losses = []
             for offset in stencil.offsets:
@@ -49,3 +56,61 @@ class OneByOne(Evaluation):
                 else:
                     losses.append(state.loss_along(objective, weights, direction, offset * stencil.mu))
             yield direction, tuple(losses)
+
+
+@dataclass(frozen=True)
+class Told(Evaluation):
+    """Losses that someone else has found at the points of a step.
+
+    Args:
+        losses: at the weights themselves, if the stencil asks there, then along one direction after the other.
+    """
+
+    losses: Sequence[float]
+
+    def probes(
+        self, objective: Objective, weights: Weights, directions: Iterable[Direction], stencil: Stencil, state: State
+    ) -> Iterator[Probe]:
+        """Yield each direction with its losses among those told; nothing is asked."""
+        told = iter(self.losses)
+        centre = next(told) if 0.0 in stencil.offsets else 0.0
+        for direction in directions:
+            yield direction, tuple(next(told) if offset else centre for offset in stencil.offsets)
+
+
+def points(
+    weights: Weights, directions: Iterable[Direction], stencil: Stencil, state: State
+) -> Iterator[tuple[Direction | None, Value]]:
+    """The points of a step in the order of ``Told``, each until the next, with its direction."""
+    if 0.0 in stencil.offsets:
+        yield None, _here(weights)
+    for direction in directions:
+        for offset in stencil.offsets:
+            if offset:
+                yield direction, state.along(weights, direction, offset * stencil.mu)
+
+
+def _together(
+    loss: BlackBoxLoss,
+    objective: Objective,
+    weights: Weights,
+    directions: Iterable[Direction],
+    stencil: Stencil,
+    state: State,
+) -> Iterator[Probe]:
+    """Run the part in PyTorch at one point after the other, then let the black box find all losses."""
+    candidates: list[Any] = []
+    drawn: dict[int, Direction] = {}
+    for direction, value in points(weights, directions, stencil, state):
+        candidates.append(state.run(objective, weights, value, partial(objective.ask, loss.front)))
+        if direction is not None:
+            drawn.setdefault(id(direction), direction)
+    losses = objective.ask(lambda: loss.box.evaluate(candidates), cost=0)
+    # The next direction was drawn into the memory of the one before.
+    again = (u if u.held is None else u.hold(u.held) for u in drawn.values())
+    yield from Told([check_loss(one) for one in losses]).probes(objective, weights, again, stencil, state)
+
+
+def _here(weights: Weights) -> Value:
+    """The weights themselves, watched as other points are: some of PyTorch's functions then round differently."""
+    return Recent(weights, lambda k: weights[k].detach().clone().requires_grad_())  # a loss may write into it

@@ -4,11 +4,16 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from numbers import Real
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from zo_lightning.parameters import Parameters, as_module
+
+T = TypeVar("T")
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -29,8 +34,9 @@ class Objective:
     weight casts is empty, since either drowns a finite difference of small ``mu``.
 
     Args:
-        loss: returns the loss at the module's present weights, or the loss of each example, [B], whose mean it is.
-        module: owns the weights and buffers.
+        loss: returns the loss at the module's present weights, or the loss of each example, [B], whose mean it is:
+            a tensor, or a number or array of Python or NumPy.
+        module: owns the weights and buffers; or tensors of one's own (``zo_lightning.parameters``).
         seed: of the random numbers that ``loss`` itself draws, such as dropout masks.
         inputs: tensors that a pass may write into, and that the next one must find as they were.
 
@@ -41,11 +47,11 @@ class Objective:
     """
 
     def __init__(
-        self, loss: Callable[[], Tensor], module: nn.Module, seed: int = 0, inputs: Sequence[Tensor] = ()
+        self, loss: Callable[[], Any], module: Parameters, seed: int = 0, inputs: Sequence[Tensor] = ()
     ) -> None:
         self.loss = loss
         self.inputs = inputs
-        self.module = module
+        self.module = module = as_module(module)
         self.seed = seed
         self.forward_passes = 0
         self.values: list[float] = []
@@ -63,7 +69,7 @@ class Objective:
             self._generators += [torch.cuda.default_generators[index] for index in sorted(devices)]
 
     @classmethod
-    def of(cls, loss: "Callable[[], Tensor] | Objective", module: nn.Module) -> "Objective":
+    def of(cls, loss: "Callable[[], Any] | Objective", module: Parameters) -> "Objective":
         """Make an objective of a plain closure; one that is an objective already is kept, with its own guards."""
         return loss if isinstance(loss, Objective) else cls(loss, module)
 
@@ -77,12 +83,14 @@ class Objective:
         Raises:
             NonFiniteLoss: the loss is NaN or infinite.
         """
-        with self.probe():
-            with within or nullcontext():
-                loss = self.loss()
-            value = check_loss(loss)
+        value = check_loss(self.ask(self.loss, within))
         self.values.append(value)
         return value
+
+    def ask(self, function: Callable[[], T], within: AbstractContextManager[Any] | None = None, cost: int = 1) -> T:
+        """Run the loss or a part of it as a ``probe``, in a context."""
+        with self.probe(cost), within or nullcontext():
+            return function()
 
     def losses(self) -> Tensor:
         """Ask for the loss of each example, [B], within a ``probe``; their mean is the loss.
@@ -91,20 +99,20 @@ class Objective:
             NonFiniteLoss: one is NaN or infinite.
             ValueError: there is one loss for the whole batch.
         """
-        losses = self.per_example()
+        losses = as_tensor(self.per_example())
         if not isinstance(losses, Tensor) or losses.ndim != 1:
             got = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
                 "this estimator needs the loss of each example, a tensor [B], as from reduction='none' "
                 f"(a LightningModule returns it as 'losses' beside 'loss'), got {got}"
             )
-        losses = losses.detach()
+        losses = losses.detach().to(next(self.module.parameters(), losses).device)
         check_loss(losses)
         if self._cost:
             self.seen.append(losses)
         return losses
 
-    def per_example(self) -> Tensor:
+    def per_example(self) -> Any:
         """Run the closure for the losses of the examples."""
         return self.loss()
 
@@ -155,9 +163,16 @@ class Objective:
 
         Raises:
             NonFiniteLoss: the loss is NaN or infinite.
+            ValueError: no graph leads to it.
         """
         loss = self.loss()
         check_loss(loss)
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise ValueError(
+                f"backpropagation needs the graph of the loss, and the loss is a {type(loss).__name__} without one: "
+                "something on the way (NumPy, .item(), no_grad) drops it, or no weight is used; ZerothOrder needs "
+                "values alone"
+            )
         return loss.mean() if loss.ndim == 1 else loss
 
     def commit(self) -> None:
@@ -166,6 +181,11 @@ class Objective:
             self._after_first.restore()
         for p, value in self._moved:
             p.copy_(value)
+
+    @property
+    def moves_state(self) -> bool:
+        """Whether the first probe has changed a buffer, a frozen weight or an input."""
+        return bool(self._moved) or (self._after_first is not None and not self._buffers.equals(self._after_first))
 
     def before_write(self, tensor: Any) -> None:
         """Note that the loss is about to write into a tensor: frozen weights and inputs are put back later."""
@@ -189,17 +209,31 @@ class Objective:
             p.data.copy_(before)
 
 
+def as_tensor(loss: Any) -> Any:
+    """A number of Python, NumPy or another library of arrays as a tensor, and an array too; else what was given."""
+    if isinstance(loss, Tensor) or not (isinstance(loss, Real) or hasattr(loss, "__array__")):
+        return loss
+    array = np.asarray(loss)
+    return torch.from_numpy(array.astype(np.float64)) if array.dtype.kind in "biuf" else loss
+
+
 def check_loss(loss: Any) -> float:
-    """The value of a loss: a number, a tensor with one element, or the mean of one with a loss per example.
+    """The value of a loss: a number, a tensor or array with one element, or the mean of one with a loss per example.
 
     Raises:
         ValueError: it is none of these.
         NonFiniteLoss: it is NaN or infinite.
     """
-    if not isinstance(loss, Tensor) or (loss.numel() != 1 and loss.ndim != 1) or loss.numel() == 0:
-        shape = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"the loss must be a tensor with one element, or with one per example, got {shape}")
-    value = float(loss.detach() if loss.ndim == 0 else loss.detach().mean())
+    if isinstance(loss, float):
+        value = float(loss)
+    else:
+        tensor = as_tensor(loss)
+        if not isinstance(tensor, Tensor) or (tensor.numel() != 1 and tensor.ndim != 1) or tensor.numel() == 0:
+            got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"the loss must be a number, or a tensor or array of one element or one per example, got {got}"
+            )
+        value = float(tensor.detach() if tensor.ndim == 0 else tensor.detach().mean())
     if not math.isfinite(value):
         raise NonFiniteLoss(value)
     return value
@@ -218,6 +252,13 @@ class _Buffers:
 
     def __bool__(self) -> bool:
         return bool(self._saved)
+
+    def equals(self, other: "_Buffers") -> bool:
+        """Whether the same buffers had the same values."""
+        return len(self._saved) == len(other._saved) and all(
+            mine[2] is theirs[2] and torch.equal(mine[3], theirs[3])
+            for mine, theirs in zip(self._saved, other._saved, strict=True)
+        )
 
     def restore(self) -> None:
         with torch.no_grad():

@@ -8,6 +8,7 @@ from zo_lightning.callbacks.filter_projection import FilterProjection
 from zo_lightning.callbacks.gradient_alignment import GradientAlignment
 from zo_lightning.callbacks.gradient_free import GradientFree
 from zo_lightning.callbacks.reporting import log_image
+from zo_lightning.callbacks.trajectory_log import TrajectoryLog
 from zo_lightning.callbacks.weight_similarity import WeightSimilarity
 from zo_lightning.callbacks.weight_snapshots import WeightSnapshots
 
@@ -19,6 +20,7 @@ __all__ = [
     "FilterProjection",
     "GradientAlignment",
     "GradientFree",
+    "TrajectoryLog",
     "WeightSimilarity",
     "WeightSnapshots",
     "log_image",

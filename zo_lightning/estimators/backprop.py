@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from zo_lightning.estimators.base import Estimate, GradientEstimator, Loss
 from zo_lightning.objective import Objective
+from zo_lightning.parameters import Parameters
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Weights
 
@@ -33,7 +34,7 @@ class Backprop(GradientEstimator):
         used = [(p, g) for p, g in zip(weights, gradients, strict=True) if g is not None]
         return Estimate(loss.detach(), used)
 
-    def backward(self, loss: Loss | Objective, module: nn.Module, step: int, state: State | None = None) -> Tensor:
+    def backward(self, loss: Loss | Objective, module: Parameters, step: int, state: State | None = None) -> Tensor:
         """Run the loss once with its graph, and backpropagate."""
         objective = Objective.of(loss, module)
         with objective.differentiated():

@@ -1,8 +1,8 @@
 """What every gradient estimator is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,12 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import Self
 
 from zo_lightning.objective import Objective
+from zo_lightning.parameters import Parameters, as_module
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Weights
 
-Loss = Callable[[], Tensor]
+Loss = Callable[[], Any]
+"""Computes a loss: a tensor, a number of Python or NumPy, or an array."""
 
 
 class Estimate(NamedTuple):
@@ -24,10 +26,12 @@ class Estimate(NamedTuple):
         gradients: each trained weight with its estimate, like it in shape, strides, dtype and device. Lean ones are
             computed as they are asked for, one at a time, from the weights' shapes alone: a weight may be changed as
             soon as its estimate is there.
+        slopes: along the directions of the step, where ``replay`` rebuilds the estimate from them.
     """
 
     loss: Tensor
     gradients: Iterable[tuple[nn.Parameter, Tensor]]
+    slopes: tuple[float, ...] = ()
 
 
 class GradientEstimator(ABC):
@@ -41,12 +45,14 @@ class GradientEstimator(ABC):
         is_exact: whether the estimate is the gradient.
         can_be_lean: whether it can compute one tensor of the estimate at a time, in the memory of one.
         learns: whether a step depends on the state that earlier ones left: it must then be passed on.
+        replays: whether ``replay`` rebuilds an estimate from its slopes.
     """
 
     needs_example_losses: ClassVar[bool] = False
     is_exact: ClassVar[bool] = False
     can_be_lean: ClassVar[bool] = False
     learns: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
 
     @property
     def mu(self) -> float | None:
@@ -68,7 +74,7 @@ class GradientEstimator(ABC):
         """
         return 1.0
 
-    def init(self, module: nn.Module) -> State:
+    def init(self, module: Parameters) -> State:
         """A state for a module about which nothing is known yet."""
         return State()
 
@@ -91,13 +97,33 @@ class GradientEstimator(ABC):
             ValueError: the module has no weight that requires a gradient, or the loss has a shape that does not suit.
         """
 
-    def backward(self, loss: Loss | Objective, module: nn.Module, step: int, state: State | None = None) -> Tensor:
+    def replay(
+        self, weights: Weights, step: int, loss: float, slopes: Sequence[float], state: State, lean: bool = False
+    ) -> Estimate:
+        """The estimate of an earlier step, from its slopes: no loss is asked, and it is the same bit for bit.
+
+        Args:
+            weights: like those of that step in shape, strides, dtype and device; values are not read.
+            step: its number.
+            loss: the loss that it came to.
+            slopes: of its directions, as ``Estimate.slopes`` gave them.
+            state: of the module.
+            lean: as for ``estimate``.
+
+        Raises:
+            NotImplementedError: slopes do not make an estimate (``replays`` is false).
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be replayed from slopes: its estimate takes more")
+
+    def backward(self, loss: Loss | Objective, module: Parameters, step: int, state: State | None = None) -> Tensor:
         """Add an estimate of the gradient of ``loss`` to ``.grad`` of the trained weights, as ``loss.backward()`` does.
 
         Args:
             loss: computes the scalar loss of the present batch at the module's present weights, or the loss of each
-                example, [B]; it may be called several times. An ``Objective`` is used as it is.
+                example, [B]: a tensor, or without autograd also a number or array of NumPy. It may be called several
+                times. An ``Objective`` is used as it is.
             module: owns the weights, and is as before when this returns or raises; so is ``.grad`` when it raises.
+                Or tensors that require a gradient, alone, in a list or in a dictionary.
             step: the number of this training step: each draws directions of its own.
             state: of this module, from ``init``; None makes one for this step alone.
 
@@ -119,7 +145,7 @@ class GradientEstimator(ABC):
         self,
         optimizer: torch.optim.Optimizer,
         loss: Loss | Objective,
-        module: nn.Module,
+        module: Parameters,
         step: int,
         state: State | None = None,
     ) -> Tensor:
@@ -140,6 +166,7 @@ class GradientEstimator(ABC):
         Raises:
             ValueError: also where a weight has a ``.grad`` already: there is nothing to add it to.
         """
+        module = as_module(module)
         if held := [name for name, p in module.named_parameters() if p.grad is not None]:
             raise ValueError(f"update needs weights without .grad, and {held[0]} has one: call optimizer.zero_grad()")
         estimate = self._estimate(loss, module, step, state, lean=True)
@@ -147,12 +174,13 @@ class GradientEstimator(ABC):
         return estimate.loss
 
     def _estimate(
-        self, loss: Loss | Objective, module: nn.Module, step: int, state: State | None, lean: bool
+        self, loss: Loss | Objective, module: Parameters, step: int, state: State | None, lean: bool
     ) -> Estimate:
         if state is None and self.learns:
             raise ValueError(
                 f"{type(self).__name__} learns from step to step: make state = estimator.init(module) once, and pass it"
             )
+        module = as_module(module)
         objective = Objective.of(loss, module)
         return self.estimate(objective, module, step, self.init(module) if state is None else state, lean)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +10,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_lightning.directions import Direction, Directions, Gaussian, mix
 from zo_lightning.distributed import Distributed
-from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
-from zo_lightning.estimators.weight_space import Probe, average, draw, isotropic_cosine, shared
+from zo_lightning.estimators.base import Estimate, check_samples, resolve_seed, trained
+from zo_lightning.estimators.weight_space import Probe, WeightSpace
 from zo_lightning.objective import Objective, check_loss
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import DisplacedWeights, Recent, Weights
 
 
 @dataclass(frozen=True)
-class ForwardGradient(GradientEstimator):
+class ForwardGradient(WeightSpace):
     """Directional derivatives without finite differences, ``ĝ = (1/q) Σᵢ (∇f · uᵢ) uᵢ``; no ``mu``, no graph.
 
     Each direction is one forward pass in which every use of a weight sees a dual number, counted as two, since it
@@ -42,34 +41,24 @@ class ForwardGradient(GradientEstimator):
     seed: int | None = None
     distributed: Distributed = field(default_factory=Distributed)
 
-    can_be_lean = True
-
     def __post_init__(self) -> None:
         check_samples(self.samples)
-
-    def expected_cosine(self, d: float, share: float = 1.0, examples: int = 1, spread: float = 1.0) -> float:
-        """``√s / √(d/q + s(1 − 1/q))`` with the share ``s``, as for ``ZerothOrder``."""
-        return isotropic_cosine(self.directions, d, share, self.samples)
 
     def estimate(
         self, objective: Objective, module: nn.Module, step: int, state: State, lean: bool = False
     ) -> Estimate:
         """Push ``samples`` directions through the loss, and sum them up weighted by their slopes."""
-        seed = resolve_seed(self.seed)
-        objective.begin(mix(seed, step))
+        objective.begin(mix(resolve_seed(self.seed), step))
         weights = trained(objective, module)
         scripted = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]
         if any(p.requires_grad for m in scripted for p in m.parameters()):
             raise ValueError("ForwardGradient cannot see through TorchScript: freeze its weights, or take ZerothOrder")
 
-        drawn = partial(draw, self.directions, weights, seed=seed, step=step, state=state, lean=lean)
-
         def probes(directions: Iterator[Direction]) -> Iterator[Probe]:
             for direction in directions:
                 yield direction, *_pushed(objective, weights, direction)
 
-        with objective.guard():
-            return average(weights, shared(self.distributed, drawn, probes, self.samples, weights, step), self.samples)
+        return self.estimate_along(objective, weights, step, state, lean, probes)
 
 
 def _pushed(objective: Objective, weights: Weights, direction: Direction) -> tuple[float, float]:
@@ -84,7 +73,7 @@ def _pushed(objective: Objective, weights: Weights, direction: Direction) -> tup
         with watched:
             loss = objective.loss()
         value = check_loss(loss)
-        tangent = forward_ad.unpack_dual(loss).tangent
+        tangent = forward_ad.unpack_dual(loss).tangent if isinstance(loss, Tensor) else None
         if tangent is None:
             raise ValueError(
                 "no tangent reaches the loss: it does not depend on the weights, or something on the way (TorchScript, "

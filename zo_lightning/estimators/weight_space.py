@@ -1,15 +1,17 @@
 """What estimators along random directions of all weights share: ``ĝ = (1/q) Σᵢ cᵢ uᵢ``."""
 
 import math
+from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from zo_lightning.directions import Coordinate, Direction, Directions
 from zo_lightning.distributed import Distributed, Probed, world_size
-from zo_lightning.estimators.base import Estimate
-from zo_lightning.objective import NonFiniteLoss
+from zo_lightning.estimators.base import Estimate, GradientEstimator, resolve_seed
+from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Weights
 
@@ -17,62 +19,105 @@ Probe = tuple[Direction, float, float]
 """A direction ``uᵢ``, the loss and the slope ``cᵢ`` along it."""
 
 
-def draw(
-    directions: Directions, weights: Weights, indices: Iterable[int], seed: int, step: int, state: State, lean: bool
-) -> Iterator[Direction]:
-    """Directions of a step by index, each drawn in its turn: at once, or lean, tensor by tensor on demand.
+class WeightSpace(GradientEstimator, ABC):
+    """What an estimator along random directions of all weights is made of: seeds and slopes are the whole of it.
 
-    All but the first, whose tensors become the estimate, are drawn into the same memory.
+    Attributes:
+        directions: the distribution of ``u``.
+        samples: ``q`` ≥ 1.
+        seed: of the directions; None takes the one given to ``torch.manual_seed`` or ``seed_everything``.
+        distributed: how several processes share the work of a step.
     """
-    for index in indices:
-        direction = directions.draw(weights, seed, step, index, weights.still)
-        yield direction if lean else direction.hold(state.scratch("direction", weights) if index else None)
 
+    directions: Directions
+    samples: int
+    seed: int | None
+    distributed: Distributed
 
-def shared(
-    distributed: Distributed,
-    drawn: Callable[[Sequence[int]], Iterator[Direction]],
-    probes: Callable[[Iterator[Direction]], Iterator[Probe]],
-    samples: int,
-    weights: Weights,
-    step: int,
-) -> Iterator[Probe]:
-    """Probe the ``samples`` directions of a step, with the help of other processes where there are any.
+    can_be_lean = True
+    replays = True
 
-    This process probes its part; then all directions are drawn again, and come with the losses and slopes of all.
+    def expected_cosine(self, d: float, share: float = 1.0, examples: int = 1, spread: float = 1.0) -> float:
+        """The expected cosine of ``(1/q) Σᵢ <g, uᵢ> uᵢ`` with ``E[u uᵀ] = I``, for a part of ``d`` weights.
 
-    Args:
-        distributed: which part is whose.
-        drawn: draws the directions of the given indices.
-        probes: asks for their losses and slopes.
-        samples: directions of the step.
-        weights: of this process.
-        step: the number of this training step.
+        It is ``√(q / (d + q − 1))`` for all weights together, close to ``√(q/d)`` for q ≪ d, and exactly the root mean
+        square of the cosine for q = 1 and ``‖u‖² = d``. One layer of ``d`` weights also gets the noise of all others:
+        with its share ``s = ‖g_l‖² / ‖g‖²`` it is ``√s / √(d/q + s(1 − 1/q))``; NaN for ``Coordinate``, whose layers
+        never meet. Examples and their spread do not enter.
+        """
+        if share != 1.0 and isinstance(self.directions, Coordinate):
+            return math.nan
+        return math.sqrt(share / (d / self.samples + share * (1 - 1 / self.samples)))
 
-    Raises:
-        NonFiniteLoss: a loss of any process is NaN or infinite.
-    """
-    if world_size() == 1:
-        yield from probes(drawn(range(samples)))
-        return
-    own = distributed.own(samples)
-    probed: list[Probed] = []
-    try:
-        probed.extend((loss, slope) for _, loss, slope in probes(drawn(own)))
-    except NonFiniteLoss as error:  # the others learn of it with the losses
-        probed = [(error.value, error.value)] * len(own)
-    exchanged = distributed.exchange(probed, samples, weights, step)
-    for direction, (loss, slope) in zip(drawn(range(samples)), exchanged, strict=True):
-        yield direction, loss, slope
+    def draw(
+        self, weights: Weights, step: int, state: State, lean: bool, indices: Iterable[int]
+    ) -> Iterator[Direction]:
+        """Directions of a step by index, each drawn in its turn: at once, or lean, tensor by tensor on demand.
+
+        All but the first, whose tensors become the estimate, are drawn into the same memory.
+        """
+        seed = resolve_seed(self.seed)
+        for index in indices:
+            direction = self.directions.draw(weights, seed, step, index, weights.still)
+            yield direction if lean else direction.hold(state.scratch("direction", weights) if index else None)
+
+    def estimate_along(
+        self,
+        objective: Objective,
+        weights: Weights,
+        step: int,
+        state: State,
+        lean: bool,
+        probes: Callable[[Iterator[Direction]], Iterator[Probe]],
+    ) -> Estimate:
+        """Probe the ``samples`` directions of a step, with the help of other processes where there are any; average.
+
+        This process probes its part; then all directions are drawn again, and come with the losses and slopes of all.
+
+        Args:
+            objective: the loss.
+            weights: of this process.
+            step: the number of this training step.
+            state: of the module.
+            lean: as for ``estimate``.
+            probes: asks for the losses and slopes along directions.
+
+        Raises:
+            NonFiniteLoss: a loss of any process is NaN or infinite.
+        """
+        drawn = partial(self.draw, weights, step, state, lean)
+        with objective.guard():
+            if world_size() == 1:
+                return average(weights, probes(drawn(range(self.samples))), self.samples)
+            own = self.distributed.own(self.samples)
+            probed: list[Probed] = []
+            try:
+                probed.extend((loss, slope) for _, loss, slope in probes(drawn(own)))
+            except NonFiniteLoss as error:  # the others learn of it with the losses
+                probed = [(error.value, error.value)] * len(own)
+            exchanged = self.distributed.exchange(probed, self.samples, weights, resolve_seed(self.seed), step)
+            pairs = zip(drawn(range(self.samples)), exchanged, strict=True)
+            return average(weights, ((direction, *pair) for direction, pair in pairs), self.samples)
+
+    def replay(
+        self, weights: Weights, step: int, loss: float, slopes: Sequence[float], state: State, lean: bool = False
+    ) -> Estimate:
+        """Draw the directions of the step again, and sum them up weighted by its slopes."""
+        directions = self.draw(weights, step, state, lean, range(len(slopes)))
+        with torch.no_grad():
+            probes = ((direction, loss, slope) for direction, slope in zip(directions, slopes, strict=True))
+            estimate = average(weights, probes, len(slopes))
+        return estimate._replace(loss=torch.tensor(loss, device=weights[0].device))
 
 
 def average(weights: Weights, probes: Iterable[Probe], samples: int) -> Estimate:
     """``(1/q) Σᵢ cᵢ uᵢ`` and the mean loss, from ``q`` triples (``uᵢ``, loss, ``cᵢ``); held tensors are used up."""
-    total = 0.0
+    total, slopes = 0.0, []
     gradients: list[Tensor] = []
     lean: list[tuple[Direction, float]] = []
     for direction, loss, slope in probes:
         total += loss
+        slopes.append(slope)
         if direction.held is None:
             lean.append((direction, slope / samples))
         elif not gradients:
@@ -81,7 +126,7 @@ def average(weights: Weights, probes: Iterable[Probe], samples: int) -> Estimate
             for gradient, u in zip(gradients, direction.held, strict=True):
                 gradient.add_(u, alpha=slope / samples)
     loss = torch.tensor(total / samples, device=weights[0].device)
-    return Estimate(loss, _one_by_one(weights, lean) if lean else zip(weights, gradients, strict=True))
+    return Estimate(loss, _one_by_one(weights, lean) if lean else zip(weights, gradients, strict=True), tuple(slopes))
 
 
 def _one_by_one(weights: Weights, lean: list[tuple[Direction, float]]) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -92,15 +137,3 @@ def _one_by_one(weights: Weights, lean: list[tuple[Direction, float]]) -> Iterat
             gradient.add_(direction[position], alpha=c_i)
         yield p, gradient
         del gradient  # or it would still be there while the next one is drawn
-
-
-def isotropic_cosine(directions: Directions, d: float, share: float, samples: int) -> float:
-    """The expected cosine of ``(1/q) Σᵢ <g, uᵢ> uᵢ`` with ``E[u uᵀ] = I``, for a part of ``d`` weights.
-
-    It is ``√(q / (d + q − 1))`` for all weights together, close to ``√(q/d)`` for q ≪ d, and exactly the root mean
-    square of the cosine for q = 1 and ``‖u‖² = d``. One layer of ``d`` weights also gets the noise of all others: with
-    its share ``s = ‖g_l‖² / ‖g‖²`` it is ``√s / √(d/q + s(1 − 1/q))``; NaN for ``Coordinate``, whose layers never meet.
-    """
-    if share != 1.0 and isinstance(directions, Coordinate):
-        return math.nan
-    return math.sqrt(share / (d / samples + share * (1 - 1 / samples)))

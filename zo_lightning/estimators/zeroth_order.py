@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import fmean
 
 from torch import nn
@@ -10,8 +9,8 @@ from typing_extensions import Self
 
 from zo_lightning.directions import Direction, Directions, Sphere, mix
 from zo_lightning.distributed import Distributed
-from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
-from zo_lightning.estimators.weight_space import Probe, average, draw, isotropic_cosine, shared
+from zo_lightning.estimators.base import Estimate, check_samples, resolve_seed, trained
+from zo_lightning.estimators.weight_space import Probe, WeightSpace
 from zo_lightning.evaluation import Evaluation, OneByOne
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.state import State
@@ -19,7 +18,7 @@ from zo_lightning.stencils import CentralDifference, Stencil
 
 
 @dataclass(frozen=True)
-class ZerothOrder(GradientEstimator):
+class ZerothOrder(WeightSpace):
     """Finite differences along random directions of all weights together, ``ĝ = (1/q) Σᵢ cᵢ uᵢ``.
 
     ``cᵢ`` is the stencil's slope of the loss along ``uᵢ``. No autograd graph is built, and no weight is written: a
@@ -53,8 +52,6 @@ class ZerothOrder(GradientEstimator):
     seed: int | None = None
     distributed: Distributed = field(default_factory=Distributed)
 
-    can_be_lean = True
-
     def __post_init__(self) -> None:
         check_samples(self.samples)
 
@@ -67,18 +64,12 @@ class ZerothOrder(GradientEstimator):
         """The same estimator with another ``mu``."""
         return replace(self, stencil=replace(self.stencil, mu=mu))
 
-    def expected_cosine(self, d: float, share: float = 1.0, examples: int = 1, spread: float = 1.0) -> float:
-        """``√s / √(d/q + s(1 − 1/q))`` with the share ``s``; examples and their spread do not enter."""
-        return isotropic_cosine(self.directions, d, share, self.samples)
-
     def estimate(
         self, objective: Objective, module: nn.Module, step: int, state: State, lean: bool = False
     ) -> Estimate:
         """Probe the loss along ``samples`` directions and sum them up, each weighted by its slope."""
-        seed = resolve_seed(self.seed)
-        objective.begin(mix(seed, step))
+        objective.begin(mix(resolve_seed(self.seed), step))
         weights = trained(objective, module)
-        drawn = partial(draw, self.directions, weights, seed=seed, step=step, state=state, lean=lean)
         offsets = self.stencil.offsets
 
         def probes(directions: Iterator[Direction]) -> Iterator[Probe]:
@@ -86,5 +77,4 @@ class ZerothOrder(GradientEstimator):
                 loss = losses[offsets.index(0.0)] if 0.0 in offsets else fmean(losses)
                 yield direction, loss, self.stencil.slope(losses)
 
-        with objective.guard():
-            return average(weights, shared(self.distributed, drawn, probes, self.samples, weights, step), self.samples)
+        return self.estimate_along(objective, weights, step, state, lean, probes)

@@ -12,6 +12,7 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules.configured import configured
 from zo_lightning.modules.memory import Memory
 from zo_lightning.modules.mixin import EstimatedGradient
+from zo_lightning.modules.processes import of_all_ranks
 from zo_lightning.modules.training_step import logs_now
 from zo_lightning.optim import AdaMM
 
@@ -85,7 +86,7 @@ class AutomaticClassifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss."""
         if self._examples:
-            self.log("train/loss_epoch", self._loss_sum / self._examples)
+            self.log("train/loss_epoch", self._loss_sum / self._examples, **of_all_ranks(self._examples))
         self._loss_sum, self._examples = 0.0, 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -108,8 +109,9 @@ class AutomaticClassifier(LightningModule):
         images, labels = batch
         logits = _checked(self(images), labels)
         accuracy.update(logits, labels)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), prog_bar=True, batch_size=len(labels))
-        self.log(f"{stage}/acc", accuracy, prog_bar=True, batch_size=len(labels))
+        shown = {"prog_bar": True, **of_all_ranks(len(labels))}
+        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), **shown)
+        self.log(f"{stage}/acc", accuracy, **shown)
 
 
 def _checked(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,27 +1,28 @@
 """What stands between Lightning's automatic optimization and an estimator."""
 
-import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from pytorch_lightning import LightningModule
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from zo_lightning.costs import FlopMeter
 from zo_lightning.estimators import Backprop, GradientEstimator
 from zo_lightning.estimators.base import Estimate, step_by_tensor
-from zo_lightning.modules.delivery import delivering, whole
+from zo_lightning.modules.delivery import Deliver, delivering, whole
 from zo_lightning.modules.memory import Memory, chooses_lean
-from zo_lightning.modules.processes import check_processes, keep_gradients
+from zo_lightning.modules.processes import check_processes, explain_loss, keep_gradients
+from zo_lightning.modules.refusals import check_module
 from zo_lightning.modules.training_step import NeedsGraph, NoLoss, TrainingStep, logs_now
 from zo_lightning.modules.watch import Watch
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.state import State
+from zo_lightning.perturbed.weights import Weights
+from zo_lightning.step_log import Step
 
 
 class TrainingDiverged(RuntimeError):
@@ -35,6 +36,19 @@ class Owner(Protocol):
     memory: Memory
     mu_follows_lr: bool
     max_skipped_in_a_row: int
+
+
+class Recorder(Protocol):
+    """Keeps what the estimates of a run came to, and may know some already, from before the run was stopped."""
+
+    def recall(self, step: int) -> Step | None:
+        """What the next batch's estimate is known to come to, at ``global_step`` ``step``."""
+
+    def estimated(self, estimated: Step) -> None:
+        """Keep what a batch's estimate came to."""
+
+    def stepping(self, groups: list[dict[str, Any]]) -> None:
+        """Keep the settings with which the optimizer is about to step."""
 
 
 class Driver:
@@ -51,10 +65,14 @@ class Driver:
         forward_passes: of a batch, so far; backpropagation counts three per batch.
         skipped_steps: batches so far whose loss was not finite.
         estimated_objective: the loss whose gradient was estimated last, until the end of its batch.
+        scale: what Lightning has scaled the latest loss by, for accumulation or in 16-bit precision.
+        recorder: told of every estimate, and asked for those that are known; None for none.
     """
 
     def __init__(self, owner: Owner) -> None:
         self.owner = owner
+        self.recorder: Recorder | None = None
+        self.scale = 1.0
         self.reset(State())
 
     def reset(self, state: State) -> None:
@@ -105,49 +123,16 @@ class Driver:
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.state.load_state_dict(state["estimator"])
 
-    def expect_one_optimizer(self, module: LightningModule) -> None:
-        """Let the next call of ``configure_optimizers`` refuse several, which Lightning sends to manual optimization.
-
-        Raises:
-            MisconfigurationException: in that call.
-        """
-        own, in_place = module.configure_optimizers, vars(module).get("configure_optimizers")
-
-        @wraps(own)
-        def configure_optimizers() -> Any:
-            del vars(module)["configure_optimizers"]
-            if in_place is not None:  # the object has one beside its class's
-                vars(module)["configure_optimizers"] = in_place
-            configured: Any = own()
-            optimizers = configured[0] if _is_pair_of_lists(configured) else configured
-            if isinstance(optimizers, list | tuple) and len(optimizers) > 1 and module.automatic_optimization:
-                raise MisconfigurationException(
-                    f"an estimator trains by one optimizer, {type(module).__name__}.configure_optimizers gave "
-                    f"{len(optimizers)}: make one with several parameter groups, or step them in manual optimization "
-                    "and call estimator.backward(loss, module, step) in place of manual_backward, without mixin or "
-                    "callback"
-                )
-            return configured
-
-        vars(module)["configure_optimizers"] = configure_optimizers
-
     def prepare(self, module: LightningModule, training_step: Callable[..., Any]) -> None:
         """Check at the start of ``fit`` that module and trainer suit an estimator, and choose the memory.
 
         Raises:
             MisconfigurationException: they do not; the message says what to change.
         """
-        trainer, name = module.trainer, type(module).__name__
-        if not module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{name} steps its optimizers itself, and an estimator takes its place in automatic optimization: call "
-                "estimator.backward(loss, module, step) in place of manual_backward, without mixin or callback"
-            )
-        if "dataloader_iter" in inspect.signature(training_step).parameters:
-            raise MisconfigurationException(
-                f"{name}.training_step takes a dataloader_iter, which cannot be asked twice for one batch: take a batch"
-            )
+        trainer = module.trainer
+        check_module(module, training_step)
         check_processes(trainer, self.estimator)
+        explain_loss(trainer)
         if not isinstance(self.estimator, Backprop):
             keep_gradients(trainer)
         if type(self.state) is not type(fresh := self.estimator.init(module)):
@@ -181,7 +166,8 @@ class Driver:
         objective.with_graph = self._with_graph
         self.estimated_objective, self._batch = objective, args[0] if args else kwargs
         try:
-            output = self._estimated(estimator, objective, module)
+            if self.recorder is None or (output := self._recalled(estimator, objective, module)) is None:
+                output = self._estimated(estimator, objective, module)
         except NoLoss:
             return None
         except NeedsGraph as error:
@@ -194,6 +180,7 @@ class Driver:
             self._with_graph = True  # for this batch and the later ones
             return self.training_step(ask, module, *args, **kwargs)
         except NonFiniteLoss as error:
+            self._record(objective, module.global_step, error.value, skipped=True)
             self._skip(error, module.global_step)
             return objective.with_loss(self._without_gradient(error, module))
         finally:
@@ -224,6 +211,8 @@ class Driver:
             def asked() -> Any:
                 counted.close()
                 result = None if closure is None else closure()
+                if self.recorder is not None:
+                    self.recorder.stepping(optimizer.param_groups)
                 counted.enter_context(self._flops.step(module, self._batch, "update"))
                 return result
 
@@ -249,15 +238,56 @@ class Driver:
         if isinstance(estimator, Backprop):
             self._flops.run(objective.forward, module, self._batch, "forward")
             return objective.output
-        if self._described[0] is not self.estimator:
-            self._described = self.estimator, repr(self.estimator)
         ask = partial(estimator.estimate, objective, module, module.global_step, self.state, self._lean)
-        estimate = self._flops.run(ask, module, self._batch, self._described[1])
+        estimate = self._flops.run(ask, module, self._batch, self._description)
         self._watch.look(estimator, objective, module, self.state)
         objective.commit()
+        if self.recorder is not None:
+            self._record(objective, module.global_step, float(estimate.loss), estimate.slopes)
+        return self._handed_over(estimate, objective)
+
+    @property
+    def _description(self) -> str:
+        if self._described[0] is not self.estimator:
+            self._described = self.estimator, repr(self.estimator)
+        return self._described[1]
+
+    def _recalled(self, estimator: GradientEstimator, objective: TrainingStep, module: LightningModule) -> Any:
+        """What ``_estimated`` would return, from what is known of the batch, or None where it has to be asked.
+
+        Steps whose metrics are logged are asked in any case: the curves have no gaps, and what is known is checked.
+        """
+        assert self.recorder is not None
+        known = None if logs_now(module) else self.recorder.recall(module.global_step)
+        if known is None or known.leaves_traces or not self._flops.repeat(module, self._batch, self._description):
+            return None
+        objective.forward_passes = known.passes
+        if known.skipped:
+            raise NonFiniteLoss(known.loss)
+        self.recorder.estimated(known)
+        weights, step = Weights.of(module), module.global_step
+        estimate = estimator.replay(weights, step, known.loss, known.slopes, self.state, self._lean)
+        return self._handed_over(estimate, objective)
+
+    def _record(
+        self, objective: TrainingStep, step: int, loss: float, slopes: tuple[float, ...] = (), skipped: bool = False
+    ) -> None:
+        if self.recorder is not None:
+            traces = objective.leaves_traces
+            passes, mu = objective.forward_passes, self.mu_in_use
+            self.recorder.estimated(
+                Step(step, loss, slopes, mu=mu, passes=passes, skipped=skipped, stepped=False, leaves_traces=traces)
+            )
+
+    def _handed_over(self, estimate: Estimate, objective: TrainingStep) -> Any:
         if self._lean:
             return objective.with_loss(delivering(estimate.loss, partial(self._step_by_tensor, estimate)))
-        return objective.with_loss(delivering(estimate.loss, *whole(estimate)))
+        deliver, params = whole(estimate)
+        return objective.with_loss(delivering(estimate.loss, partial(self._scaled, deliver), params))
+
+    def _scaled(self, deliver: Deliver, scale: float) -> Sequence[Tensor | None]:
+        self.scale = scale
+        return deliver(scale)
 
     def _step_by_tensor(self, estimate: Estimate, scale: float) -> list[None]:
         assert scale == 1 and self._optimizer is not None
@@ -290,7 +320,3 @@ def driver_of(trainer: Any, module: LightningModule) -> Driver | None:
         if isinstance(driver := vars(owner).get("_driver"), Driver):
             return driver
     return None
-
-
-def _is_pair_of_lists(configured: Any) -> bool:
-    return isinstance(configured, list | tuple) and len(configured) == 2 and isinstance(configured[0], list)

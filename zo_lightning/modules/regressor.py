@@ -11,6 +11,7 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules.configured import configured
 from zo_lightning.modules.memory import Memory
 from zo_lightning.modules.mixin import EstimatedGradient
+from zo_lightning.modules.processes import of_all_ranks
 from zo_lightning.modules.training_step import logs_now
 from zo_lightning.optim import AdaMM
 
@@ -80,9 +81,9 @@ class AutomaticRegressor(LightningModule):
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         predictions, targets = self._pair(batch)
-        sizes: dict[str, Any] = {"prog_bar": True, "batch_size": len(targets)}
-        self.log(f"{stage}/loss", F.mse_loss(predictions, targets), **sizes)
-        self.log(f"{stage}/mae", F.l1_loss(predictions, targets), **sizes)
+        shown = {"prog_bar": True, **of_all_ranks(len(targets))}
+        self.log(f"{stage}/loss", F.mse_loss(predictions, targets), **shown)
+        self.log(f"{stage}/mae", F.l1_loss(predictions, targets), **shown)
 
     def _pair(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Predictions and targets [B, k]: of unlike shapes, the loss would pair every example with every other."""

@@ -106,6 +106,12 @@ class TrainingStep(Objective):
             self.differentiable()
         self.forward_passes += 3
 
+    @property
+    def leaves_traces(self) -> bool:
+        """Whether the first pass left more than its losses: in metrics, attributes, buffers, or beside its output."""
+        beside = isinstance(self.output, Mapping) and not {"loss", "losses"}.issuperset(self.output)
+        return beside or self.moves_state or (self._start is not None and self._start.differs())
+
     def with_loss(self, loss: Tensor) -> Any:
         """What the first forward pass returned, in the form that ``training_step`` chose, with another loss."""
         return {**self.output, "loss": loss} if isinstance(self.output, Mapping) else loss
@@ -133,6 +139,12 @@ class _Attributes:
             if metric._update_count != state["_update_count"] or id(metric) in self._wrapped
         ]
         return [metric for metric, _ in self._metrics]
+
+    def differs(self) -> bool:
+        """Whether anything is no longer as it was."""
+        now = {name: value for name, value in self._attributes.items() if _is_data(name, value)}
+        same = now.keys() == self._values.keys() and all(now[name] is value for name, value in self._values.items())
+        return not same or any(held != content for held, content in self._contents) or bool(self.changed())
 
     def restore(self) -> None:
         for name, value in list(self._attributes.items()):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zo_lightning.perturbed.layers import LinearOperation
+from zo_lightning.perturbed.layouts import Layout
 from zo_lightning.perturbed.rules import is_weight, register_rule
 
 
@@ -17,6 +18,7 @@ class Affine(LinearOperation):
     Attributes:
         x: the input [B, ...], already normalised where the operation does so: how is no matter here.
         shape: of the weights, as they are broadcast to one example.
+        leading: how many dimensions the weights do not have, the first ones.
     """
 
     few_weights = True
@@ -24,7 +26,12 @@ class Affine(LinearOperation):
     def spread(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> None:
         """Set the input and the weights, of this shape within one example."""
         self.take(x, weight, bias)
-        self.shape = (*[1] * (x.ndim - 1 - len(shape)), *shape)
+        self.leading = x.ndim - len(shape)
+        self.shape = (*[1] * (self.leading - 1), *shape)
+
+    def takes(self, layout: Layout) -> bool:
+        """Any dimension that the weights do not have."""
+        return layout.axis < self.leading
 
     def _weight_jvp(self, *noise: Tensor) -> Tensor:
         return self.x * self._aligned(*noise)

@@ -1,4 +1,4 @@
-"""Fast rules for linear layers, convolutions and embeddings, and attention in terms of them."""
+"""Fast rules for linear layers, convolutions and embeddings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_lightning.perturbed.rules import Noise, Operation, is_weight, register_composite, register_rule
+from zo_lightning.perturbed.layouts import Layout
+from zo_lightning.perturbed.rules import Noise, Operation, is_weight, register_rule
 
 
 class LinearOperation(Operation):
@@ -36,6 +37,14 @@ class LinearOperation(Operation):
             total = shift if total is None else total.add_(shift)
         assert total is not None
         return total
+
+    def weight_jvp_in(self, layout: Layout, noise: Sequence[Noise]) -> Tensor:
+        """The same with the examples elsewhere: those of the input are brought to the front."""
+        x, self.x = self.x, self.x.movedim(layout.axis, 0)
+        try:
+            return self.weight_jvp(noise).movedim(0, layout.axis)
+        finally:
+            self.x = x
 
     def weight_vjp(self, delta: Tensor) -> list[Tensor]:
         """The gradient of each of the two."""
@@ -66,6 +75,10 @@ class Linear(LinearOperation):
     def bind(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         """Take the arguments of the call."""
         self.take(input, weight, bias)
+
+    def takes(self, layout: Layout) -> bool:
+        """Any but the last dimension."""
+        return layout.axis < self.x.ndim - 1
 
     def _weight_jvp(self, *noise: Tensor) -> Tensor:
         examples, features = len(noise[0]), self.x.shape[-1]
@@ -182,6 +195,10 @@ class Embedding(LinearOperation):
         self.table = weight
         self.take(input, weight, None)
 
+    def takes(self, layout: Layout) -> bool:
+        """Any dimension of the input."""
+        return layout.axis < self.x.ndim
+
     def _weight_jvp(self, *noise: Tensor) -> Tensor:
         if len(noise) == 1:
             examples = torch.arange(len(self.x), device=self.x.device).view(-1, *[1] * (self.x.ndim - 1))
@@ -199,58 +216,16 @@ class Embedding(LinearOperation):
         return grad
 
 
-@register_composite(F.multi_head_attention_forward)
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim_to_check: int,
-    num_heads: int,
-    in_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    training: bool = True,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    use_separate_proj_weight: bool = False,
-    q_proj_weight: Tensor | None = None,
-    k_proj_weight: Tensor | None = None,
-    v_proj_weight: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-    **rest: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """``F.multi_head_attention_forward`` of [T, B, E], taken apart into projections whose dimension 0 is the example.
+@register_rule(F.embedding_bag)
+class EmbeddingBag(Operation):
+    """Sums, means or largest rows of an embedding, one for each example; noise is on the output."""
 
-    Raises:
-        NotImplementedError: self-attention with one packed projection is all it does, without weights to return.
-    """
-    special = bias_k is not None or bias_v is not None or add_zero_attn or use_separate_proj_weight or need_weights
-    if special or query.ndim != 3 or query is not key or key is not value or in_proj_weight is None:
-        raise NotImplementedError
-    steps, examples, width = query.shape
-    mask = None
-    if attn_mask is not None:
-        mask = _added(attn_mask if attn_mask.ndim == 2 else attn_mask.view(-1, num_heads, steps, steps), query.dtype)
-    if key_padding_mask is not None:
-        padding = _added(key_padding_mask.view(examples, 1, 1, steps), query.dtype)
-        mask = padding if mask is None else mask + padding
-    packed = F.linear(query.transpose(0, 1), in_proj_weight, in_proj_bias)
-    q, k, v = packed.view(examples, steps, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-    heads = F.scaled_dot_product_attention(q, k, v, mask, dropout_p if training else 0.0, is_causal and mask is None)
-    joined = heads.transpose(1, 2).reshape(examples, steps, width)
-    return F.linear(joined, out_proj_weight, out_proj_bias).transpose(0, 1), None
+    in_place = True
+    is_ruled = True
 
-
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """An attention mask as what is added to the scores; a boolean one is true where no attention is paid."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf) if mask.dtype == torch.bool else mask
+    def takes(self, layout: Layout) -> bool:
+        """PyTorch has no forward derivative."""
+        return False
 
 
 def _tuple(value: Any, n: int) -> tuple[int, ...]:

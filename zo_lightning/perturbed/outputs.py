@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zo_lightning.perturbed import affine as _registers_rules  # noqa: F401
+from zo_lightning.perturbed import affine, attention, recurrent  # noqa: F401  # they register rules
+from zo_lightning.perturbed.constants import DROPOUTS, Constants
 from zo_lightning.perturbed.gates import MAX_POOL, RELU, Gate, Tracked, are_separate
 from zo_lightning.perturbed.rules import COMPOSITES, Made, Operation, operation, tensors_in, weights_in
 from zo_lightning.perturbed.weights import ASKS, DisplacedWeights, Value, Weights, writes
@@ -60,14 +60,9 @@ class Use:
         self.output = self.output.new_empty(0)
 
     def is_by_example(self, examples: int) -> bool:
-        """Whether dimension 0 of the output is the example, or was before it was joined with the next dimensions."""
-        if self.output.ndim < 2 or len(self.output) % examples:
+        """Whether dimension 0 of the output is the example, by a rule or as tried."""
+        if self.output.ndim < 2 or len(self.output) != examples:
             return False
-        if len(self.output) != examples:
-            given = tensors_in((self.operation.args, self.operation.kwargs))
-            bases = [t._base for t in given if t.ndim and len(t) == len(self.output)]
-            if not any(base is not None and base.ndim and len(base) == examples for base in bases):
-                return False
         return self.first is None or self.operation.is_by_example(self.first, examples)
 
 
@@ -93,10 +88,11 @@ class DisplacedOutputs(DisplacedWeights):
         value: what the uses of these see.
         before_write: as for ``DisplacedWeights``.
         gates: by key of a use, what hides its output, where that is wanted.
+        buffers: whether no example enters the module's buffers.
 
     Attributes:
         uses: by key, in the order of the pass.
-        opaque: names of weights that were used in another way.
+        opaque: names of weights that were used in another way, and in which.
         events: how often weights were used so far, one way or another.
     """
 
@@ -111,6 +107,7 @@ class DisplacedOutputs(DisplacedWeights):
         value: Value | None = None,
         before_write: Callable[[Tensor], None] | None = None,
         gates: Mapping[str, Gate] | None = None,
+        buffers: bool = True,
     ) -> None:
         moved = weights.__getitem__ if value is None else lambda k: value(k) if k in shared else weights[k]
         super().__init__(weights, moved, weights.opaque if value is not None else (), before_write)
@@ -120,24 +117,25 @@ class DisplacedOutputs(DisplacedWeights):
         self.names = {id(p): name for name, p in zip(weights.names, weights.params, strict=True)}
         self.ruled = {id(p) for p in weights.params} - {id(weights[k]) for k in weights.opaque.union(shared)}
         self.uses: dict[str, Use] = {}
-        self.opaque: set[str] = {weights.names[position] for position in weights.opaque}
+        self.opaque = {weights.names[k]: "compiled code or TorchScript reads it" for k in weights.opaque}
         self.events = 0
+        self._constants = Constants(module, buffers)
         self._made: dict[int, Made] = {}
         self._tracked: dict[int, Tracked] = {}
         self._gated: dict[int, Use] = {}
         self._kept: list[Any] = []  # so that the ids of tensors in these dictionaries stay their own
         self._counts: dict[str, int] = {}
 
-    @cached_property
-    def _constants(self) -> set[int]:
-        """Tensors of the module, which no example enters."""
-        return {id(t) for ts in (self.module.parameters(), self.module.buffers()) for t in ts}
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether no example has entered a tensor of this pass."""
+        return id(tensor) in self._constants.ids
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function of PyTorch, displaced if it uses weights."""
         if func in ASKS:
             return func(*args, **kwargs)
-        if func in COMPOSITES:
+        given = tensors_in((args, kwargs))
+        if func in COMPOSITES and any(id(t) in self.ruled or id(t) in self._made for t in given):
             TorchFunctionMode.__enter__(self)
             try:
                 return COMPOSITES[func](*args, **kwargs)
@@ -145,7 +143,9 @@ class DisplacedOutputs(DisplacedWeights):
                 pass
             finally:
                 TorchFunctionMode.__exit__(self, None, None, None)
-        given = tensors_in((args, kwargs))
+        if func in DROPOUTS and args and (id(args[0]) in self.ruled or id(args[0]) in self._made):
+            return self._dropped(func, args, kwargs)
+        constant = self._constants.hold(func, given)
         use = None
         if not any(id(t) in self.ruled or id(t) in self._made for t in given):
             output = self._gate(func, args, kwargs)
@@ -153,21 +153,30 @@ class DisplacedOutputs(DisplacedWeights):
         else:
             self.events += 1
             one = operation(func, args, kwargs, self._made)
-            computed = all(id(t) in self._made or id(t) in self._constants for t in given)
-            if one.in_place or not (computed or writes(func)):
+            if not constant and (one.in_place or not writes(func)):
                 use, output = self._use(one, lambda: super(DisplacedOutputs, self).run(func, args, kwargs))
             else:
                 output = super().run(func, args, kwargs)
-            if use is None and computed and not writes(func) and not any(self._is_shared(t) for t in given):
+            if use is None and constant and not writes(func):
                 self._make(func, args, kwargs, output)
             elif use is None and (func is Tensor.__setitem__ or tensors_in((output,))):
-                self.opaque |= {self.names[id(w)] for w in weights_in((args, kwargs), self._made)}
+                name = getattr(func, "__name__", str(func))
+                used = f"{name} writes it into a tensor" if writes(func) else f"{name} gives more than one tensor"
+                self.opaque |= {self.names[id(w)]: used for w in weights_in((args, kwargs), self._made)}
+        if constant:
+            for tensor in tensors_in((output,)):
+                self._constants.add(tensor)
+        elif args and id(args[0]) in self._constants.ids and writes(func):
+            self._constants.drop(args[0])
         if self.displacement is None:
             self._track(func, args, kwargs, given, use, output)
         return output
 
-    def _is_shared(self, tensor: Tensor) -> bool:
-        return id(tensor) in self.positions and id(tensor) not in self.ruled
+    def _dropped(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Dropout of what is made of weights, as a product with a mask, so that it can be computed again."""
+        mask = func(torch.ones_like(args[0]), *args[1:], **kwargs)
+        self._constants.add(mask)
+        return self.run(torch.mul, (args[0], mask), {})
 
     def _use(self, one: Operation, original: Callable[[], Any]) -> tuple[Use | None, Any]:
         """Run an operation and displace its output; a result that is not one tensor of numbers is no use."""

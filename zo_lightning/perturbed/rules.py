@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from zo_lightning.perturbed.layouts import FIRST, Layout
+
 Noise = tuple[Tensor, ...]
 """Of one weight, for each example: its entries [B, m n], or rows [B, m] and columns [B, n], of which they are products.
 
@@ -83,16 +85,26 @@ class Operation:
         examples = len(noise[0][0])
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         sliced = [k for k, leaf in enumerate(leaves) if self._is_by_example(leaf, examples)]
+        if any(id(leaves[k]) in self.made and leaves[k].stride(0) for k in sliced):  # it would be made for each example
+            raise NotImplementedError
 
         def of_one(xs: list[Tensor], *of_weights: Noise) -> Tensor:
             tangents = tuple(entries(n, w) for n, w in zip(of_weights, self.weights, strict=True))
             at = tuple(w.detach() for w in self.weights)
             own = dict(zip(sliced, (x.unsqueeze(0) for x in xs), strict=True))
-            return torch.func.jvp(lambda *w: self._call(w, leaves, spec, own), at, tangents)[1].squeeze(0)
+            return torch.func.jvp(lambda *w: self._call(w, leaves, spec, own, slice(1)), at, tangents)[1].squeeze(0)
 
         chunk = max(1, _CHUNK // sum(w.numel() for w in self.weights))
         each = torch.func.vmap(of_one, randomness="same", chunk_size=chunk)
         return each([leaves[k] for k in sliced], *noise)
+
+    def takes(self, layout: Layout) -> bool:
+        """Whether noise on the weights can be given to examples that are there; generic: as dimension 0."""
+        return layout == FIRST
+
+    def weight_jvp_in(self, layout: Layout, noise: Sequence[Noise]) -> Tensor:
+        """The same as ``weight_jvp`` of an output that has the examples elsewhere, in a layout that it takes."""
+        raise NotImplementedError
 
     def weight_vjp(self, delta: Tensor) -> list[Tensor]:
         """The gradient of each weight, from the gradients [B, ...] of each example's loss by its own output.
@@ -107,22 +119,21 @@ class Operation:
         ]  # fmt: skip
         back = {id(b): self.made[id(a)] for a, b in zip(leaves, wide, strict=True) if id(a) in self.made}
         at = tuple(w.detach() for w in self.weights)
-        vjp = torch.func.vjp(lambda *w: self._call(w, wide, spec, {}, back), *at)[1]
+        vjp = torch.func.vjp(lambda *w: self._call(w, wide, spec, {}, made=back), *at)[1]
         return list(vjp(delta))
 
     def is_by_example(self, output: Tensor, examples: int) -> bool:
         """Whether the call on one example gives that example's part of ``output`` [B, ...], as tried on a few."""
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
-        rows = len(output) // examples
         sliced = [k for k, leaf in enumerate(leaves) if self._is_by_example(leaf, len(output))]
         tolerance = torch.finfo(output.dtype).eps ** 0.5 * float(output.abs().max())
         for i in sorted({0, examples // 2, examples - 1}):
-            own = {k: leaves[k][i * rows : (i + 1) * rows] for k in sliced}
+            part = output[i : i + 1]
             try:
-                one = self._call(tuple(self.weights), leaves, spec, own)
+                rows = slice(i, i + 1)
+                one = self._call(tuple(self.weights), leaves, spec, {k: leaves[k][rows] for k in sliced}, rows)
             except (RuntimeError, ValueError, IndexError):
                 return False
-            part = output[i * rows : (i + 1) * rows]
             if one.shape != part.shape or not torch.allclose(one, part, rtol=0, atol=tolerance):
                 return False
         return bool(sliced) and self.can(self.weight_vjp, torch.zeros_like(output))
@@ -136,9 +147,7 @@ class Operation:
         return True
 
     def _is_by_example(self, leaf: Any, examples: int) -> bool:
-        if not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter) or leaf.ndim == 0 or len(leaf) != examples:
-            return False
-        return id(leaf) not in self.made or leaf.stride(0) == 0  # one weight, expanded for all examples
+        return isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter) and leaf.shape[:1] == (examples,)
 
     def _call(
         self,
@@ -146,13 +155,14 @@ class Operation:
         leaves: list[Any],
         spec: Any,
         own: Mapping[int, Tensor],
+        rows: slice | None = None,
         made: Mapping[int, "Made"] | None = None,
     ) -> Tensor:
-        """The function at other values of the weights, and of some leaves of its arguments."""
+        """The function at other values of the weights, and for some rows, which some leaves of its arguments are of."""
         made = self.made if made is None else made
         at = {id(w): value for w, value in zip(self.weights, values, strict=True)}
         changed = [
-            made[id(leaf)].again(at)[: len(own[k])] if k in own and id(leaf) in made
+            made[id(leaf)].again(at)[rows] if k in own and id(leaf) in made
             else own[k] if k in own
             else made[id(leaf)].again(at) if id(leaf) in made
             else at.get(id(leaf), leaf)

@@ -1,7 +1,8 @@
 """What is known of one module from step to step: how its weights can be displaced, and memory to do it in."""
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from zo_lightning.directions import Direction
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.weights import DisplacedWeights, Recent, Value, Weights
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -34,35 +37,46 @@ class State:
         """Take up what ``state_dict`` gave."""
         self.visible = dict(state["visible"])
 
-    def loss_at(self, objective: Objective, weights: Weights, value: Value) -> float:
-        """The loss where the uses of the weights see ``value``.
+    def run(self, objective: Objective, weights: Weights, value: Value, ask: Callable[[DisplacedWeights], T]) -> T:
+        """What ``ask`` returns for the context of a pass in which the uses of the weights see ``value``.
 
         A weight whose use the first pass does not show is not used, or read by code that cannot be watched. From then
         on it is moved in place; the pass is repeated.
-
-        Raises:
-            NonFiniteLoss: the loss is NaN or infinite.
         """
         hidden = {k for k, name in enumerate(weights.names) if not self.visible.get(name, k not in weights.opaque)}
         watched = DisplacedWeights(weights, value, hidden, objective.before_write)
-        loss = objective(watched)
+        answer = ask(watched)
         new = [k for k, name in enumerate(weights.names) if name not in self.visible]
         if not new:
-            return loss
+            return answer
         self.visible |= {weights.names[k]: k in watched.seen for k in new}
         if missed := [weights.names[k] for k in new if k not in watched.seen]:
             names = ", ".join(missed[:5]) + (f" and {len(missed) - 5} more" if len(missed) > 5 else "")
             _log.warning("no use of %s shows in a forward pass: moved in place for each, and put back", names)
-        return loss if watched.seen | hidden >= set(new) else self.loss_at(objective, weights, value)
+        return answer if watched.seen | hidden >= set(new) else self.run(objective, weights, value, ask)
 
-    @torch.no_grad()
-    def loss_along(self, objective: Objective, weights: Weights, direction: Direction, distance: float) -> float:
-        """The loss at ``x + distance · u``; memory is that of one tensor unless the direction holds its tensors.
-
-        The points require a gradient as the weights do: some of PyTorch's functions round differently by that alone.
+    def loss_at(self, objective: Objective, weights: Weights, value: Value) -> float:
+        """The loss where the uses of the weights see ``value``.
 
         Raises:
             NonFiniteLoss: the loss is NaN or infinite.
+        """
+        return self.run(objective, weights, value, objective)
+
+    def loss_along(self, objective: Objective, weights: Weights, direction: Direction, distance: float) -> float:
+        """The loss at ``x + distance · u``.
+
+        Raises:
+            NonFiniteLoss: the loss is NaN or infinite.
+        """
+        return self.loss_at(objective, weights, self.along(weights, direction, distance))
+
+    @torch.no_grad()
+    def along(self, weights: Weights, direction: Direction, distance: float) -> Value:
+        """The point ``x + distance · u``, until the next one is asked for, in memory that is kept from step to step.
+
+        Memory is that of one tensor unless the direction holds its tensors. The points require a gradient as the
+        weights do: some of PyTorch's functions round differently by that alone.
         """
         if direction.held is None:
 
@@ -70,11 +84,11 @@ class State:
                 u = direction[position]
                 return torch.add(weights[position].detach(), u, alpha=distance, out=u).requires_grad_()
 
-            return self.loss_at(objective, weights, Recent(weights, moved))
+            return Recent(weights, moved)
         points = [point.requires_grad_() for point in self.scratch("points", weights)]
         torch._foreach_copy_(points, [p.detach() for p in weights])
         torch._foreach_add_(points, direction.held, alpha=distance)
-        return self.loss_at(objective, weights, points.__getitem__)
+        return points.__getitem__
 
     def scratch(self, name: str, weights: Weights) -> list[Tensor]:
         """Tensors like the weights, whose memory is kept from one step to the next.

@@ -6,9 +6,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NoReturn
+from typing import Any
 
-from zo_lightning.cli_errors import UserError
+from zo_lightning.cli_errors import CommandParser, UserError
 from zo_lightning.study.folder import claim, is_finished, seconds_of
 from zo_lightning.study.grid import Cell, Study, read_study
 from zo_lightning.study.runs import Fit, Outcome, run_cells
@@ -18,11 +18,6 @@ COMMANDS = {
     "study": "train a grid of methods, nets and seeds, and go on where it was stopped",
     "report": "figures, tables and one page from a study's runs",
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def study(words: list[str], fit: Fit) -> int:
@@ -69,7 +64,7 @@ def report(words: list[str], fit: Fit) -> int:
     Raises:
         UserError: there is nothing to report on.
     """
-    parser = _Parser(prog="zo-lightning report", description=COMMANDS["report"].capitalize() + ".")
+    parser = CommandParser(prog="zo-lightning report", description=COMMANDS["report"].capitalize() + ".")
     parser.add_argument("folder", type=Path, help="a study's folder, such as lightning_logs/smoke")
     parser.add_argument("--output", type=Path, help="where the report is written; default: <folder>/report")
     options = parser.parse_args(words)
@@ -86,8 +81,8 @@ def _say(what: str) -> None:
         print(f"\r\033[K{what}", end="\r", file=sys.stderr, flush=True)
 
 
-def _study_parser() -> _Parser:
-    parser = _Parser(
+def _study_parser() -> CommandParser:
+    parser = CommandParser(
         prog="zo-lightning study",
         description=COMMANDS["study"].capitalize() + ".",
         epilog="Further options, such as --data.root ../shared/data, are given to every run as they would be to `fit`.",

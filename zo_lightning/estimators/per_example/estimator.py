@@ -1,10 +1,8 @@
 """Zeroth order with a direction for every example: one slope per example teaches what one slope per batch cannot."""
 
-import logging
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Literal, cast
 
 import torch
@@ -12,28 +10,24 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from zo_lightning.directions import mix
-from zo_lightning.estimators.base import Estimate, GradientEstimator, check_samples, resolve_seed, trained
+from zo_lightning.distributed import Distributed, finite_everywhere
+from zo_lightning.estimators.base import Estimate, GradientEstimator, Loss, check_samples, resolve_seed, trained
 from zo_lightning.estimators.per_example.feedback import Shrinkage
+from zo_lightning.estimators.per_example.look import Look, matching
 from zo_lightning.estimators.per_example.noise import OutputNoise, Seen, SharedNoise
 from zo_lightning.estimators.per_example.output import (
     gradient_by_autograd,
     gradient_by_values,
     is_smooth,
-    module_calls,
-    output_of_the_net,
     watched_output,
 )
-from zo_lightning.estimators.per_example.state import Layer, PerExampleState
+from zo_lightning.estimators.per_example.state import PerExampleState
 from zo_lightning.objective import Objective
-from zo_lightning.perturbed.affine import BatchNormalization
-from zo_lightning.perturbed.gates import Gate
+from zo_lightning.parameters import Parameters, as_parameters
 from zo_lightning.perturbed.outputs import DisplacedOutputs, Use
-from zo_lightning.perturbed.rules import count
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Weights
 from zo_lightning.stencils import CentralDifference, Stencil
-
-_log = logging.getLogger(__name__)
 
 Space = Literal["auto", "activations", "weights"]
 _SPACES = ("auto", "activations", "weights")
@@ -62,13 +56,15 @@ class PerExample(GradientEstimator):
     ``loss_gradient="values"``, it is measured by asking the loss alone for its values, with the output displaced:
     twice for each output up to 16, and for more along 16 random directions. Neither runs a layer, so neither counts as
     a forward pass. The layers' adjoints cost about one forward pass, in floating-point operations. The first step runs
-    one pass more, to see how the net uses its weights. Memory: the inputs and outputs of all layers in each pass and
+    one pass more, to see how the net uses its weights, or three where shapes do not say where the examples are; so does
+    a step that uses weights as none before. Memory: the inputs and outputs of all layers in each pass and
     noise as large, and the maps of ``Feedback``.
 
     Layers are displaced by the rules of ``perturbed.layers``; any other function of PyTorch with weights among its
-    arguments is differentiated on its own, if trying shows that examples are dimension 0 of its output. Weights that
-    are used in another way (an LSTM, TorchScript, compiled code) get one direction for the whole batch, as in
-    ``ZerothOrder``, and are named in a log line.
+    arguments is differentiated on its own. Where its output has the examples is seen from its shape, or tried: one
+    example is displaced, and what moves is its own. Weights that are used in another way (TorchScript, compiled code,
+    packed sequences) get one direction for the whole batch, as in ``ZerothOrder``, and are named in a log line;
+    ``shared_weights`` tells which.
 
     Batch normalisation in training mode couples the examples. All passes of a sample take the statistics of its first
     (where its weights are trainable: others stay coupled), so that a loss depends on its own example's noise alone.
@@ -88,10 +84,12 @@ class PerExample(GradientEstimator):
         correction: ``λ`` in [0, 1] for all layers, or ``"auto"``.
         loss_gradient: ``"auto"`` as above, or ``"values"``: never autograd.
         seed: as in ``ZerothOrder``.
+        distributed: how several processes share the work of a step. Their estimates are averaged, each as large as the
+            weights; ``h`` is learned by each from what it sees, and a checkpoint keeps that of rank zero.
 
     Raises:
         ValueError: an argument is out of its range; in ``backward``, also where the loss closure gives a scalar
-            instead of one loss per example, or a weight is used more often than in the first step.
+            instead of one loss per example, or the passes of one step use different weights.
     """
 
     stencil: Stencil = field(default_factory=lambda: CentralDifference(1e-2))
@@ -102,6 +100,7 @@ class PerExample(GradientEstimator):
     correction: float | Literal["auto"] = "auto"
     loss_gradient: Literal["auto", "values"] = "auto"
     seed: int | None = None
+    distributed: Distributed = field(default_factory=Distributed)
 
     needs_example_losses = True
     learns = True
@@ -137,7 +136,7 @@ class PerExample(GradientEstimator):
         """
         return 1 / math.sqrt(1 + share * (d - 1) * spread / (self.samples * examples))
 
-    def init(self, module: nn.Module) -> PerExampleState:
+    def init(self, module: Parameters) -> PerExampleState:
         """A state that knows nothing."""
         return PerExampleState()
 
@@ -150,64 +149,46 @@ class PerExample(GradientEstimator):
         objective.begin(mix(seed, step))
         weights = trained(objective, module)
         grads: dict[nn.Parameter, Tensor] = {}
-        with objective.guard():
+        own, stream = self.distributed.own(self.samples), self.distributed.stream
+        with finite_everywhere(weights[0].device, step), objective.guard(), as_parameters(weights):
             if known.trained != weights.names:  # at first, and when weights were frozen or unfrozen
                 known.begin([])  # a look that failed is repeated
                 self._look(objective, module, weights, known, mix(seed, step))
                 known.trained = weights.names
             total = torch.zeros((), device=weights[0].device)
-            for index in range(self.samples):
-                total += self._sample(objective, module, weights, known, mix(seed, step, index), grads)
+            for index in own:
+                sample = mix(seed, step, index, *stream)
+                try:
+                    total += self._sample(objective, module, weights, known, sample, grads)
+                except _Unseen as unseen:
+                    for key in unseen.keys:
+                        known.layers.pop(key, None)
+                    self._look(objective, module, weights, known, mix(seed, step))
+                    total += self._sample(objective, module, weights, known, sample, grads)
         known.steps += 1
-        return Estimate(total / self.samples, [(p, _like(p, grads.get(p), self.samples)) for p in weights])
+        estimate = Estimate(total / len(own), [(p, _like(p, grads.get(p), len(own))) for p in weights])
+        means = [estimate.loss, *(gradient for _, gradient in estimate.gradients)]
+        self.distributed.reduce(means, self.samples, weights, seed, step)
+        return estimate
+
+    def shared_weights(self, loss: Loss | Objective, module: nn.Module) -> dict[str, str]:
+        """The weights that would get one direction for the whole batch, by name, and why: what no rule covers.
+
+        Args:
+            loss: as for ``backward``.
+            module: owns the weights.
+        """
+        objective, state = Objective.of(loss, module), self.init(module)
+        with objective.guard(), as_parameters(weights := trained(objective, module)):
+            self._look(objective, module, weights, state, resolve_seed(self.seed))
+        return dict(state.shared)
 
     def _look(
         self, objective: Objective, module: nn.Module, weights: Weights, state: PerExampleState, seed: int
     ) -> None:
-        """Run the net once, undisturbed, to see how it uses its weights and which module makes its output."""
-        watched = DisplacedOutputs(module, weights, before_write=objective.before_write)
-        with module_calls(module, watched) as calls, objective.probe(), watched:
-            losses = objective.losses()
-        uses = {key: use for key, use in watched.uses.items() if use.is_by_example(len(losses))}
-        alien = {id(w) for key, use in watched.uses.items() if key not in uses for w in use.operation.weights}
-        state.used = set(watched.uses)
-        state.shared = watched.opaque | {watched.names[i] for i in alien}
-        name = type(self).__name__
-        if state.shared:
-            _log.warning(
-                "%s: the use of %s cannot be displaced for each example: one direction for the whole batch, as in "
-                "ZerothOrder",
-                name,
-                ", ".join(sorted(state.shared)),
-            )
-        for key, use in uses.items():
-            if not {watched.names[id(w)] for w in use.operation.weights} <= state.shared:
-                state.layers[key] = self._layer(use, len(losses))
-        if not self.feedback:
-            return
-        state.net, state.last = output_of_the_net(calls, watched, len(losses))
-        if state.net is None:
-            _log.warning("%s: no module's output [B, C] leads to the loss alone: no feedback is learned", name)
-
-    def _layer(self, use: Use, examples: int) -> Layer:
-        name, one = use.key.partition(":")[0], use.operation
-        chosen = next((space for pattern, space in self.layers.items() if fnmatchcase(name, pattern)), self.space)
-        if one.few_weights:
-            chosen = "weights"
-        elif chosen == "auto":
-            fewer = not one.costly_noise and count(one.weights) < use.output[0].numel()
-            chosen = "weights" if fewer else "activations"
-        joined = len(use.output) != examples
-        if chosen == "weights" and not one.is_ruled and not joined:  # not every function has a forward derivative
-            still = [(use.output.new_zeros(examples, w.numel()),) for w in one.weights]
-            chosen = chosen if one.can(one.weight_jvp, still) else "activations"
-        reader = None if use.tracked is None else use.tracked.only_reader
-        gated = reader if isinstance(reader, Use) and isinstance(reader.operation, BatchNormalization) else use
-        gate = Gate() if gated.tracked is None else gated.tracked.gate()
-        in_weights = chosen == "weights" and not joined
-        visible = 1.0 if gated.tracked is None else max(gated.tracked.visible() / examples, 1.0)
-        dims = float(count(one.weights)) if in_weights else visible
-        return Layer(in_weights, dims, joined, gate.rectified, gate.pooled, gated.key)
+        """See how the net uses its weights, in one undisturbed pass or a few more."""
+        space = matching(self.layers, self.space)
+        Look(objective, module, weights, seed, space, bool(self.feedback)).take(state)
 
     def _sample(
         self,
@@ -220,7 +201,7 @@ class PerExample(GradientEstimator):
     ) -> Tensor:
         """Add the estimate from one noise per example to ``grads``, and learn from it; returns the loss."""
         noise = OutputNoise(seed, {key: layer for key, layer in state.layers.items() if key != state.last})
-        shared = SharedNoise(weights, state.shared, seed)
+        shared = SharedNoise(weights, set(state.shared), seed)
         gates = {layer.normalized_by: layer.gate for layer in state.layers.values()}
         statistics: dict[str, tuple[Tensor, Tensor]] = {}
         uses: dict[str, Use] = {}
@@ -239,6 +220,7 @@ class PerExample(GradientEstimator):
                 value,
                 objective.before_write,
                 {} if uses else gates,
+                state.buffers,
             )
             with watched_output(module, state.net) as output, objective.probe(), watched:
                 losses.append(objective.losses())
@@ -276,18 +258,20 @@ class PerExample(GradientEstimator):
         return torch.stack(losses).mean()
 
     def _check_uses(self, watched: DisplacedOutputs, state: PerExampleState, examples: int) -> None:
-        """Refuse uses of weights that the first step did not show, and outputs that turn out not to be of examples."""
-        if unknown := (watched.uses.keys() - state.used) | (watched.opaque - state.shared):
-            raise ValueError(
-                f"{type(self).__name__} needs to see all uses of weights in its first step: "
-                f"{', '.join(sorted(unknown))} is new"
+        """Ask for another look where weights are used as never before, or outputs turn out not to be of examples."""
+        if unknown := (watched.uses.keys() - state.used) | (watched.opaque.keys() - state.shared.keys()):
+            raise _Unseen(
+                f"{type(self).__name__} needs passes of one step to use the same weights, and "
+                f"{', '.join(sorted(unknown))} comes and goes"
             )
         for key in state.layers.keys() & watched.uses.keys():
-            rows = len(watched.uses[key].output)
-            if rows % examples or (rows != examples and not state.layers[key].joined):
-                raise ValueError(
-                    f"the output of {key} has {rows} rows for {examples} examples: {type(self).__name__} needs "
-                    "examples as dimension 0 of every layer's output; freeze the weight, or use it in another way"
+            shape, layer = watched.uses[key].shape, state.layers[key]
+            if not layer.fits(shape, examples):
+                raise _Unseen(
+                    f"the output {tuple(shape)} of {key} does not hold {examples} examples in dimension "
+                    f"{layer.layout.axis}: {type(self).__name__} needs them in one place of every layer's output; "
+                    "freeze the weight, or use it in another way",
+                    key,
                 )
 
     def _difference(self, values: list[Tensor]) -> Tensor:
@@ -314,6 +298,14 @@ class PerExample(GradientEstimator):
         if layer.h is None:
             return 1.0
         return state.shrinkage.trust(layer.key) if self.correction == "auto" else float(self.correction)
+
+
+class _Unseen(ValueError):
+    """A pass was not like those that were looked at."""
+
+    def __init__(self, message: str, *keys: str) -> None:
+        super().__init__(message)
+        self.keys = keys  # of uses about which the state is wrong
 
 
 def _add(grads: dict[nn.Parameter, Tensor], found: list[tuple[nn.Parameter, Tensor]]) -> None:

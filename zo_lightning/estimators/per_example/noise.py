@@ -9,6 +9,7 @@ from zo_lightning.directions import Rademacher
 from zo_lightning.estimators.per_example.feedback import Feedback
 from zo_lightning.estimators.per_example.state import Layer
 from zo_lightning.perturbed.affine import BatchNormalization
+from zo_lightning.perturbed.layouts import FIRST
 from zo_lightning.perturbed.outputs import Use
 from zo_lightning.perturbed.rules import Noise, noise_sizes, weigh
 from zo_lightning.perturbed.weights import Weights
@@ -45,11 +46,12 @@ class OutputNoise:
         if not layer.in_weights:
             layer.scale = 1.0
             return self._signs(use.key, [use.output])[0]
-        output = use.output
-        sizes = [noise_sizes(w, output[0].numel()) for w in use.operation.weights]
-        signs = iter(self._signs(use.key, [output.new_empty(len(output), n) for parts in sizes for n in parts]))
-        self.of_weights[use.key] = [tuple(next(signs) for _ in parts) for parts in sizes]
-        delta = use.operation.weight_jvp(self.of_weights[use.key])
+        output, layout = use.output, layer.layout
+        examples = output.shape[layout.axis]
+        sizes = [noise_sizes(w, output.numel() // examples) for w in use.operation.weights]
+        signs = iter(self._signs(use.key, [output.new_empty(examples, n) for parts in sizes for n in parts]))
+        noise = self.of_weights[use.key] = [tuple(next(signs) for _ in parts) for parts in sizes]
+        delta = use.operation.weight_jvp(noise) if layout == FIRST else use.operation.weight_jvp_in(layout, noise)
         if not layer.scale and (power := float(delta.square().mean())):
             layer.begin(power)
         return delta * layer.scale  # not in place: what bias noise made is one number seen many times
@@ -104,13 +106,15 @@ class Seen:
         self.gate = uses.get(layer.normalized_by, self.use)
         self.signs = noise.of_weights.get(key)
         delta = noise.delta.pop(key, None)
-        self.delta = None if delta is None else self.gate.visible(delta).reshape(examples, -1)
+        self.delta = None if delta is None else layer.layout.rows(self.gate.visible(delta), examples)
         self.h: Tensor | None = None
 
     def predict(self, feedback: Feedback, error: Tensor | None, largest: Tensor | None) -> None:
         """Predict ``h`` from the gradient of the mean loss by the net's output."""
         if error is not None and self.delta is not None:
-            self.h = feedback.predict(self.key, error, self.delta, self.gate.positive, largest)
+            positive = self.gate.positive
+            positive = None if positive is None else self.layer.layout.rows(positive, self.examples)
+            self.h = feedback.predict(self.key, error, self.delta, positive, largest)
 
     def predicted_slope(self) -> Tensor | float:
         """The slopes [B] that ``h`` implies along the displacement."""
@@ -147,7 +151,7 @@ class Seen:
     def _collect(self, visible: Tensor) -> list[Tensor]:
         gate, operation = self.gate, self.use.operation
         shape = self.use.shape if gate.indices is None else gate.indices.shape
-        delta = gate.dense(visible.view(shape))
+        delta = gate.dense(self.layer.layout.restore(visible, shape))
         if gate is not self.use and isinstance(gate.operation, BatchNormalization) and gate.operation.couples:
             delta = gate.operation.project(delta)
         weights = operation.weights  # under autocast of another dtype than the outputs

@@ -1,11 +1,13 @@
 """What ``PerExample`` learns about one module."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from zo_lightning.estimators.per_example.feedback import Feedback, Shrinkage
 from zo_lightning.perturbed.gates import Gate
+from zo_lightning.perturbed.layouts import Layout
 from zo_lightning.perturbed.state import State
 
 
@@ -16,7 +18,8 @@ class Layer:
     Attributes:
         in_weights: whether its noise is on the weights.
         dims: how many numbers its noise has that the loss can depend on, for one example.
-        joined: whether dimension 0 of its output holds more than the example.
+        layout: where its output has the examples.
+        joined: whether that dimension holds more than them.
         rectified: whether a ReLU hides its output.
         pooled: whether a max-pooling does.
         normalized_by: key of the batch normalisation that alone reads its output, or its own key.
@@ -25,6 +28,7 @@ class Layer:
 
     in_weights: bool
     dims: float
+    layout: Layout
     joined: bool
     rectified: bool
     pooled: bool
@@ -35,6 +39,10 @@ class Layer:
     def gate(self) -> Gate:
         """What hides its output."""
         return Gate(self.rectified, self.pooled)
+
+    def fits(self, shape: Sequence[int], examples: int) -> bool:
+        """Whether its output may have some shape."""
+        return self.layout.fits(shape, examples) and (self.joined or shape[self.layout.axis] == examples)
 
     def begin(self, power: float) -> None:
         """Choose the scale for a displacement whose mean square at scale 1 is ``power``."""
@@ -48,7 +56,8 @@ class PerExampleState(State):
         trained: names of the weights that this is for.
         layers: by key of a use, in the order of the net.
         used: keys of all uses.
-        shared: names of the weights with one direction for the whole batch.
+        shared: names of the weights with one direction for the whole batch, and why.
+        buffers: whether no example enters the module's buffers.
         net: name of the module that makes the net's output, if there is one.
         last: key of the use that makes it, if one does.
         is_smooth: whether autograd gives the loss's gradient by the net's output; None: not tried.
@@ -68,7 +77,8 @@ class PerExampleState(State):
         self.trained = trained
         self.layers: dict[str, Layer] = {}
         self.used: set[str] = set()
-        self.shared: set[str] = set()
+        self.shared: dict[str, str] = {}
+        self.buffers = True
         self.net: str | None = None
         self.last: str | None = None
         self.is_smooth: bool | None = None
@@ -80,9 +90,10 @@ class PerExampleState(State):
             **super().state_dict(),
             "steps": self.steps,
             "trained": list(self.trained),
-            "layers": {key: asdict(layer) for key, layer in self.layers.items()},
+            "layers": {key: {**asdict(one), "layout": list(one.layout)} for key, one in self.layers.items()},
             "used": sorted(self.used),
-            "shared": sorted(self.shared),
+            "shared": dict(self.shared),
+            "buffers": self.buffers,
             "net": self.net,
             "last": self.last,
             "is_smooth": self.is_smooth,
@@ -95,8 +106,11 @@ class PerExampleState(State):
         super().load_state_dict(state)
         self.begin(list(state["trained"]))
         self.steps = state["steps"]
-        self.layers = {key: Layer(**layer) for key, layer in state["layers"].items()}
-        self.used, self.shared = set(state["used"]), set(state["shared"])
+        self.layers = {
+            key: Layer(**{**layer, "layout": Layout(*layer["layout"])}) for key, layer in state["layers"].items()
+        }
+        self.used, self.shared = set(state["used"]), dict(state["shared"])
+        self.buffers = state["buffers"]
         self.net, self.last, self.is_smooth = state["net"], state["last"], state["is_smooth"]
         self.feedback.load_state_dict(state["feedback"])
         self.shrinkage.load_state_dict(state["shrinkage"])

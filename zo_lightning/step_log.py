@@ -1,0 +1,187 @@
+"""The log of a run's steps on disk: one checksummed record of some tens of bytes for each batch."""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_MAGIC = b"zo_lightning steps 1\n"
+_HEAD = struct.Struct("<BIIBH")  # flags, step, slopes, learning rates, forward passes
+_CHECKSUM = struct.Struct("<I")
+_SKIPPED, _STEPPED, _LEAVES_TRACES, _HAS_MU, _HAS_SCALE, _HASH, _SETTINGS = (1 << k for k in range(7))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the estimate of one batch came to.
+
+    Attributes:
+        step: ``global_step`` before the optimizer's step; with seed and index it makes the directions.
+        loss: at the weights; not finite where the batch was skipped.
+        slopes: along each direction of the batch; none where it was skipped.
+        rates: the learning rate of each of the optimizer's groups at its step; none where it did not step.
+        mu: the finite-difference step, or None.
+        passes: forward passes of the batch that it took.
+        scale: of the estimate in ``.grad``: 1, or 1 / batches where several are accumulated.
+        skipped: whether the batch added nothing to ``.grad``.
+        stepped: whether the optimizer stepped after it.
+        leaves_traces: whether the pass left more than its loss: buffers, metrics, attributes of the module.
+    """
+
+    step: int
+    loss: float
+    slopes: tuple[float, ...]
+    rates: tuple[float, ...] = ()
+    mu: float | None = None
+    passes: int = 0
+    scale: float = 1.0
+    skipped: bool = False
+    stepped: bool = True
+    leaves_traces: bool = False
+
+    def _pack(self) -> bytes:
+        flags = _SKIPPED * self.skipped | _STEPPED * self.stepped | _LEAVES_TRACES * self.leaves_traces
+        flags |= _HAS_MU * (self.mu is not None) | _HAS_SCALE * (self.scale != 1.0)
+        numbers = [self.loss, *self.slopes, *self.rates]
+        numbers += [] if self.mu is None else [self.mu]
+        numbers += [] if self.scale == 1.0 else [self.scale]
+        head = _HEAD.pack(flags, self.step, len(self.slopes), len(self.rates), self.passes)
+        return head + struct.pack(f"<{len(numbers)}d", *numbers)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A hash of the weights after ``step`` optimizer steps, by which a replay is checked."""
+
+    step: int
+    digest: int
+
+    def _pack(self) -> bytes:
+        return _HEAD.pack(_HASH, self.step, 0, 0, 0) + struct.pack("<Q", self.digest)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What has changed in the optimizer's groups beside the learning rate: a momentum that a schedule moves.
+
+    Attributes:
+        step: the first optimizer step that is made with them.
+        groups: of each group, the names and values that are new.
+    """
+
+    step: int
+    groups: tuple[dict[str, Any], ...]
+
+    def _pack(self) -> bytes:
+        data = json.dumps(self.groups).encode()
+        return _HEAD.pack(_SETTINGS, self.step, len(data), 0, 0) + data
+
+
+Record = Step | Check | Settings
+
+
+class StepLog:
+    """The log of a run, opened to be continued.
+
+    Each record carries a checksum of itself and of all before it, and is handed to the operating system in one piece: a
+    process that is killed loses the record in flight at most. What is damaged or torn ends the log.
+
+    Args:
+        path: the file; it is made where there is none.
+        keep: which of the records that are there stay: all up to the first for which this is false.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+
+    def __init__(self, path: Path, keep: Callable[[Record], bool] = lambda record: True) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b", buffering=0)
+        begin = self._file.read(len(_MAGIC))
+        if not _MAGIC.startswith(begin):
+            raise ValueError(f"'{path}' is no log of steps")
+        self._file.seek(0)
+        end, self._sum = len(_MAGIC), 0
+        for record, after, checksum in _records(self._file):
+            if not keep(record):
+                break
+            end, self._sum = after, checksum
+        self._file.truncate(end)
+        self._file.seek(0)
+        self._file.write(_MAGIC)
+        self._file.seek(end)
+
+    def append(self, record: Record) -> None:
+        """Write one record.
+
+        Raises:
+            OSError: the disk is full, or the like; what was written before is intact.
+        """
+        data = record._pack()
+        self._sum = zlib.crc32(data, self._sum)
+        self._file.write(data + _CHECKSUM.pack(self._sum))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_steps(path: Path) -> Iterator[Record]:
+    """The records of a log, up to the first that is damaged or torn.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no log.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError(f"'{path}' is no log of steps")
+        file.seek(0)
+        for record, _, _ in _records(file):
+            yield record
+
+
+def _records(file: BinaryIO) -> Iterator[tuple[Record, int, int]]:
+    """Each record that is whole, with the place where it ends and the checksum there."""
+    if file.read(len(_MAGIC)) != _MAGIC:
+        return
+    checksum, left = 0, os.fstat(file.fileno()).st_size
+    while len(head := file.read(_HEAD.size)) == _HEAD.size:
+        size = _size(*_HEAD.unpack(head))
+        if size > left - file.tell():  # torn, or a damaged length
+            return
+        body, found = file.read(size), file.read(_CHECKSUM.size)
+        checksum = zlib.crc32(head + body, checksum)
+        if found != _CHECKSUM.pack(checksum):
+            return
+        yield _unpacked(body, *_HEAD.unpack(head)), file.tell(), checksum
+
+
+def _size(flags: int, step: int, slopes: int, rates: int, passes: int) -> int:
+    if flags & _SETTINGS:
+        return slopes
+    return 8 if flags & _HASH else 8 * (1 + slopes + rates + bool(flags & _HAS_MU) + bool(flags & _HAS_SCALE))
+
+
+def _unpacked(body: bytes, flags: int, step: int, slopes: int, rates: int, passes: int) -> Record:
+    if flags & _SETTINGS:
+        return Settings(step, tuple(json.loads(body)))
+    if flags & _HASH:
+        return Check(step, int.from_bytes(body, "little"))
+    loss, *numbers = struct.unpack(f"<{len(body) // 8}d", body)
+    return Step(
+        step,
+        loss,
+        tuple(numbers[:slopes]),
+        tuple(numbers[slopes : slopes + rates]),
+        numbers[slopes + rates] if flags & _HAS_MU else None,
+        passes,
+        numbers[-1] if flags & _HAS_SCALE else 1.0,
+        bool(flags & _SKIPPED),
+        bool(flags & _STEPPED),
+        bool(flags & _LEAVES_TRACES),
+    )
