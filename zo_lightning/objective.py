@@ -42,7 +42,8 @@ class Objective:
 
     Attributes:
         forward_passes: what the calls so far cost, in forward passes of the batch.
-        seen: the losses [B] that the passes of one estimate gave, where they were asked by ``losses``.
+        values: the losses that the passes of one estimate gave.
+        seen: the losses [B] that they gave, where they were asked by ``losses``.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Objective:
         self.module = module = as_module(module)
         self.seed = seed
         self.forward_passes = 0
+        self.values: list[float] = []
         self.seen: list[Tensor] = []
         self._cost = 0
         self._buffers = _Buffers(module)
@@ -73,7 +75,7 @@ class Objective:
 
     def begin(self, seed: int) -> None:
         """Begin an estimate: all its probes draw their random numbers from ``seed``."""
-        self.seed, self.seen = seed, []
+        self.seed, self.values, self.seen = seed, [], []
 
     def __call__(self, within: AbstractContextManager[Any] | None = None) -> float:
         """Ask for the loss once, in a context such as one that displaces the weights.
@@ -81,7 +83,9 @@ class Objective:
         Raises:
             NonFiniteLoss: the loss is NaN or infinite.
         """
-        return check_loss(self.ask(self.loss, within))
+        value = check_loss(self.ask(self.loss, within))
+        self.values.append(value)
+        return value
 
     def ask(self, function: Callable[[], T], within: AbstractContextManager[Any] | None = None, cost: int = 1) -> T:
         """Run the loss or a part of it as a ``probe``, in a context."""

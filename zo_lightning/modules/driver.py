@@ -19,6 +19,7 @@ from zo_lightning.modules.delivery import Deliver, delivering, whole
 from zo_lightning.modules.memory import Memory, chooses_lean
 from zo_lightning.modules.processes import check_processes, explain_loss, keep_gradients
 from zo_lightning.modules.training_step import NoLoss, TrainingStep, logs_now
+from zo_lightning.modules.watch import Watch
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Weights
@@ -84,6 +85,7 @@ class Driver:
         self._described: tuple[GradientEstimator | None, str] = None, ""
         self._optimizer: torch.optim.Optimizer | None = None  # of the fit for which all is prepared
         self._lean = False
+        self._watch = Watch()
         self._batch: Any = None
 
     @property
@@ -171,7 +173,7 @@ class Driver:
         if type(self.state) is not type(fresh := self.estimator.init(module)):
             self.state = fresh
         self._lean = chooses_lean(self.owner.memory, trainer, module, self.estimator)
-        self._optimizer = trainer.optimizers[0]
+        self._optimizer, self._watch = trainer.optimizers[0], Watch()
         if self.owner.mu_follows_lr:
             for group in self._optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
@@ -263,6 +265,7 @@ class Driver:
             return objective.output
         ask = partial(estimator.estimate, objective, module, module.global_step, self.state, self._lean)
         estimate = self._flops.run(ask, module, self._batch, self._description)
+        self._watch.look(estimator, objective, module, self.state)
         objective.commit()
         if self.recorder is not None:
             self._record(objective, module.global_step, float(estimate.loss), estimate.slopes)
