@@ -54,6 +54,11 @@ class Look:
         watched = self.watched(state.buffers, statistics=statistics)
         with module_calls(self.module, watched) as calls, self.objective.probe(), watched:
             losses = self.objective.losses()
+        if not watched.events and not watched.opaque:
+            raise ValueError(
+                f"PerExample sees no use of {self.weights.names[0]} or another weight: functions of PyTorch must use "
+                "them within the loss; ZerothOrder needs values alone"
+            )
         if state.buffers and watched.is_constant(losses):  # they may be of the batch
             state.buffers = False
             self.take(state)
