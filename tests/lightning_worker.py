@@ -1,7 +1,9 @@
 """What one of several processes does with a Trainer or with Fabric; ``tests.processes.together`` runs it."""
 
+import io
 import os
 import signal
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zo_lightning as zo
+from zo_lightning.__main__ import main
 from zo_lightning.data import Digits
 from zo_lightning.modules.classifier import AutomaticClassifier
 
@@ -160,6 +163,13 @@ def dies(rank: int, name: str) -> str:
     except RuntimeError as error:
         return str(error)
     return "nothing raised"
+
+
+def command_line(rank: int, words: str) -> tuple[int, str, str]:
+    """The exit code of ``zo-lightning``, and what it says."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+        code = main(words.split())
+    return code, out.getvalue(), errors.getvalue()
 
 
 def fabric(rank: int) -> dict[str, Weights]:

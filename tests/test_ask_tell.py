@@ -43,7 +43,7 @@ def loss_at(candidate: Any) -> float:
 def test_weights_are_those_of_backward_and_step(estimator: ZerothOrder, form: Any, rule: Any) -> None:
     ours, theirs = tensors(), tensors()
     search = AskTell(form(ours), estimator, rule(ours, lr=1e-2))
-    optimizer = rule(theirs, lr=1e-2)
+    optimizer, before = rule(theirs, lr=1e-2), ours
     for step in range(4):
         before = [p.detach().clone() for p in ours]
         candidates = search.ask()

@@ -6,9 +6,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from zo_lightning import BlackBox, CentralDifference, EvaluationFailed, ForwardDifference, PerExample, ZerothOrder
+from zo_lightning import (
+    Backprop,
+    BlackBox,
+    CentralDifference,
+    EstimatedGradient,
+    EvaluationFailed,
+    ForwardDifference,
+    ForwardGradient,
+    GradientFree,
+    PerExample,
+    ZerothOrder,
+)
 from zo_lightning.black_box import to_numpy
 
 
@@ -104,7 +117,7 @@ def test_workers_are_at_work_at_the_same_time() -> None:
     net, front, _ = problem()
     loss = BlackBox(function, retries=0, workers=2).after(front)
     ZerothOrder(samples=3, seed=0).backward(loss, net, 0)
-    assert net[0].weight.grad is not None
+    assert all(p.grad is not None for p in net.parameters())
 
 
 STENCILS = [CentralDifference(1e-2), ForwardDifference(1e-2)]
@@ -118,7 +131,7 @@ def test_all_points_at_once_give_what_one_after_the_other_gives(many: dict[str, 
     for together in (False, True):
         net, front, function = problem()
         optimizer, estimator = torch.optim.SGD(net.parameters(), 0.1), ZerothOrder(stencil=stencil, samples=3, seed=0)
-        state, calls = estimator.init(net), []
+        state, calls, value = estimator.init(net), [], torch.zeros(())
 
         def outside(given: Any, function: Any = function, calls: Any = calls) -> Any:
             calls.append(given)
@@ -174,6 +187,70 @@ def test_losses_of_examples_serve_per_example() -> None:
     for grad, p in zip(outside, net.parameters(), strict=True):
         # Rounding of float32, 1e-7, over twice the step 1e-2, and the outputs' sums of a few terms of order 1.
         assert grad is not None and p.grad is not None and torch.allclose(grad, p.grad, atol=1e-4)
+
+
+def test_weights_that_numpy_reads_move_for_all_examples_alike() -> None:
+    x = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+    for form in (lambda w: w.detach().numpy(), lambda w: np.array(w.tolist(), np.float32)):
+        w = torch.ones(3, requires_grad=True)
+        estimator = PerExample(samples=30, seed=0)
+        estimator.backward(lambda w=w, form=form: np.square(x @ form(w)), w, 0, estimator.init(w))
+        exact = 2 * torch.from_numpy(x.T @ (x.sum(1) / 8))
+        assert w.grad is not None and torch.cosine_similarity(w.grad, exact, 0) > 0.8
+
+
+def test_per_example_says_that_it_sees_no_weight() -> None:
+    w = torch.ones(3, requires_grad=True)
+    memory = w.detach().numpy()
+    estimator = PerExample(seed=0)
+    with pytest.raises(ValueError, match="PerExample sees no use of 0 or another weight"):
+        estimator.backward(lambda: np.square(memory), w, 0, estimator.init(w))
+
+
+@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient(seed=0)])
+def test_derivatives_do_not_go_through_a_black_box(estimator: Any) -> None:
+    net, front, function = problem()
+    with pytest.raises(ValueError, match="ZerothOrder needs values alone"):
+        estimator.backward(BlackBox(function).after(front), net, 0)
+
+
+class Lit(LightningModule):
+    """A module whose loss is computed elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(3, 1)
+        self.box = BlackBox(lambda output: float(np.square(output - 1).mean()))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = self.box(self.net(batch[0]))
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+class ZOLit(EstimatedGradient, Lit):
+    estimator = ZerothOrder(samples=4, seed=0)
+
+
+@pytest.mark.parametrize("mixin", [False, True])
+def test_a_training_step_may_return_its_loss(mixin: bool) -> None:
+    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
+    module = ZOLit() if mixin else Lit()
+    before = module.box(module.net(x)).item()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=5,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[] if mixin else [GradientFree(ZOLit.estimator)],
+    )
+    trainer.fit(module, DataLoader(TensorDataset(x), batch_size=8))
+    assert module.box(module.net(x)).item() < before / 2
 
 
 def test_a_batched_box_returns_one_loss_for_each_candidate() -> None:

@@ -1,8 +1,5 @@
 """Several real processes, joined by gloo, against one."""
 
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,6 @@ from tests import distributed_worker as worker
 from tests.distributed_worker import FEW, SAMPLES, STEPS, batch, estimator, net, train
 from tests.processes import together
 from zo_lightning.distributed import fingerprint
-
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -163,29 +157,3 @@ def test_the_hash_sees_every_value_whatever_its_type() -> None:
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         zo.Distributed(**wrong)
-
-
-def fitted(folder: Path, words: str) -> dict[str, Tensor]:
-    """The weights after three steps of the command line."""
-    folder.mkdir()
-    options = (
-        f"fit {words} --trainer.accelerator cpu --trainer.limit_train_batches 3 --trainer.max_epochs 1 "
-        "--trainer.check_val_every_n_epoch 1 --trainer.enable_progress_bar false --trainer.enable_model_summary false"
-    )
-    run = subprocess.run(
-        [sys.executable, "-m", "zo_lightning", *options.split()],
-        env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert "The run is in" in run.stdout
-    checkpoint = next(folder.rglob("last.ckpt"))
-    return torch.load(checkpoint, weights_only=False)["state_dict"]
-
-
-def test_the_command_line_trains_in_two_processes_as_in_one(tmp_path: Path) -> None:
-    """ZerothOrder bit for bit; Backprop ends with exit code 0, without a rank that waits for the others."""
-    two = "--trainer.devices 2 --trainer.strategy ddp"
-    zeroth_order = "--model.estimator ZerothOrder --model.estimator.distributed.split directions"
-    alone = fitted(tmp_path / "alone", f"{zeroth_order} --trainer.devices 1")
-    assert same(alone, fitted(tmp_path / "two", f"{zeroth_order} {two}"))
-    fitted(tmp_path / "backprop", f"--model.estimator Backprop {two}")

@@ -170,7 +170,7 @@ def test_weights_come_back_when_the_loss_fails() -> None:
 
 def test_a_loss_without_gradient_is_refused() -> None:
     net, loss = problem()
-    with pytest.raises(ValueError, match="the loss has no gradient"):
+    with pytest.raises(ValueError, match="needs the graph of the loss"):
         true_gradient(lambda: loss().detach(), net)
 
 

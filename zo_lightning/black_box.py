@@ -67,7 +67,11 @@ class BlackBox:
         return self.evaluate([to_numpy(output)])[0]
 
     def after(self, front: Callable[[], Any]) -> "BlackBoxLoss":
-        """The loss closure ``box(front())``, which can be asked for many points at once."""
+        """The loss closure ``box(front())``, which can be asked for many points at once.
+
+        Args:
+            front: all that the loss does with the weights: the function must not use them by itself.
+        """
         return BlackBoxLoss(self, lambda: to_numpy(front()))
 
     def evaluate(self, candidates: Sequence[Any]) -> list[Any]:

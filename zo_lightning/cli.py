@@ -33,7 +33,7 @@ from zo_lightning.cli_parser import (
     num_classes,
 )
 from zo_lightning.data import InMemoryDataModule
-from zo_lightning.distributed import ProcessLost, WeightsDiverged
+from zo_lightning.distributed import ProcessLost, WeightsDiverged, tells_of_loss
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import Classifier, EstimatedGradient, TrainingDiverged
 from zo_lightning.modules.configured import configured
@@ -236,6 +236,10 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(error, 2)
     except (TrainingDiverged, WeightsDiverged, ProcessLost, MisconfigurationException) as error:
+        return _fail(error, 1)
+    except RuntimeError as error:
+        if not tells_of_loss(error):
+            raise
         return _fail(error, 1)
     return 0
 

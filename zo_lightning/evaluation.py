@@ -105,10 +105,11 @@ def _together(
         candidates.append(state.run(objective, weights, value, partial(objective.ask, loss.front)))
         if direction is not None:
             drawn.setdefault(id(direction), direction)
-    losses = objective.ask(lambda: loss.box.evaluate(candidates), cost=0)
+    losses = [check_loss(one) for one in objective.ask(lambda: loss.box.evaluate(candidates), cost=0)]
+    objective.values += losses
     # The next direction was drawn into the memory of the one before.
     again = (u if u.held is None else u.hold(u.held) for u in drawn.values())
-    yield from Told([check_loss(one) for one in losses]).probes(objective, weights, again, stencil, state)
+    yield from Told(losses).probes(objective, weights, again, stencil, state)
 
 
 def _here(weights: Weights) -> Value:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,12 +103,12 @@ def true_gradient(loss: Callable[[], Tensor] | Objective, module: nn.Module) -> 
     loss sees the same dropout masks as its probes; what this costs is not added to ``forward_passes``.
 
     Raises:
-        ValueError: the loss has no gradient: nothing in it requires one.
+        ValueError: no graph leads to the loss.
         NonFiniteLoss: the loss is NaN or infinite.
     """
     weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
     with _differentiable(loss, module) as objective:
-        grads = torch.autograd.grad(_attached(objective.differentiable()), list(weights.values()), allow_unused=True)
+        grads = torch.autograd.grad(objective.differentiable(), list(weights.values()), allow_unused=True)
     return {
         name: torch.zeros_like(p) if grad is None else grad
         for (name, p), grad in zip(weights.items(), grads, strict=True)
@@ -201,7 +202,7 @@ def _differentiable(loss: Callable[[], Tensor] | Objective, module: nn.Module, s
         yield objective
 
 
-def _attached(loss: Tensor) -> Tensor:
-    if not loss.requires_grad:
+def _attached(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
         raise ValueError("the loss has no gradient: nothing in it requires one")
     return loss

@@ -14,6 +14,9 @@ from zo_lightning.perturbed.gates import MAX_POOL, RELU, Gate, Tracked, are_sepa
 from zo_lightning.perturbed.rules import COMPOSITES, Made, Operation, operation, tensors_in, weights_in
 from zo_lightning.perturbed.weights import ASKS, DisplacedWeights, Value, Weights, writes
 
+READS = {Tensor.numpy, Tensor.__array__, Tensor.tolist}
+"""What gives the numbers of a tensor to code that no pass can watch."""
+
 
 @dataclass(eq=False)
 class Use:
@@ -157,7 +160,11 @@ class DisplacedOutputs(DisplacedWeights):
                 use, output = self._use(one, lambda: super(DisplacedOutputs, self).run(func, args, kwargs))
             else:
                 output = super().run(func, args, kwargs)
-            if use is None and constant and not writes(func):
+            if func in READS:
+                self.opaque |= {
+                    self.names[id(w)]: "NumPy or Python reads it" for w in weights_in((args, kwargs), self._made)
+                }
+            elif use is None and constant and not writes(func):
                 self._make(func, args, kwargs, output)
             elif use is None and (func is Tensor.__setitem__ or tensors_in((output,))):
                 name = getattr(func, "__name__", str(func))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,9 @@ from zo_lightning.distributed import Distributed, finite_everywhere
 from zo_lightning.estimators.base import Estimate, GradientEstimator, Loss, check_samples, resolve_seed, trained
 from zo_lightning.estimators.per_example.feedback import Shrinkage
 from zo_lightning.estimators.per_example.look import Look, matching
+from zo_lightning.estimators.per_example.loss_alone import LossAlone
 from zo_lightning.estimators.per_example.noise import OutputNoise, Seen, SharedNoise
-from zo_lightning.estimators.per_example.output import (
-    gradient_by_autograd,
-    gradient_by_values,
-    is_smooth,
-    watched_output,
-)
+from zo_lightning.estimators.per_example.output import returned_by, summed
 from zo_lightning.estimators.per_example.state import PerExampleState
 from zo_lightning.objective import Objective
 from zo_lightning.parameters import Parameters, as_parameters
@@ -206,7 +202,9 @@ class PerExample(GradientEstimator):
         statistics: dict[str, tuple[Tensor, Tensor]] = {}
         uses: dict[str, Use] = {}
         seen: Set[str] = set()
-        losses, outputs = [], []
+        losses: list[Tensor] = []
+        outputs: list[Tensor] = []
+        returned: list[Any] = []
         for offset in self.stencil.offsets:
             distance = offset * self.stencil.mu
             value = shared.displaced(distance).__getitem__ if shared.positions else None
@@ -222,20 +220,23 @@ class PerExample(GradientEstimator):
                 {} if uses else gates,
                 state.buffers,
             )
-            with watched_output(module, state.net) as output, objective.probe(), watched:
+            with returned_by(module, state.output) as output, objective.probe(), watched:
                 losses.append(objective.losses())
             self._check_uses(watched, state, len(losses[0]))
             seen = seen & watched.uses.keys() if uses else watched.uses.keys()
             uses = uses or watched.uses
             for use in watched.uses.values():
                 use.release()
-            outputs += output
-        error = self._error(objective, outputs, state, seed) if self.feedback and state.net is not None else None
+            returned = returned or output
+            if state.output is not None:
+                outputs.append(state.output.read(output, len(losses[0])))
+        exact = self._error(objective, outputs, returned, state, seed)
+        error = None if exact is None else summed(exact)
         largest = None if error is None else state.feedback.used(error)
         layers = [Seen(key, one, uses, noise, len(losses[0])) for key, one in state.layers.items() if key in seen]
         for layer in layers:
-            if error is not None and layer.key == state.last:
-                layer.h = error.to(layer.use.output.dtype)
+            if exact is not None and layer.key == state.last:
+                layer.h = exact.to(layer.use.output.dtype)
             else:
                 layer.predict(state.feedback, error, largest)
         slope = self._difference(losses) / len(losses[0])
@@ -254,7 +255,7 @@ class PerExample(GradientEstimator):
         _add(grads, shared.gradients(mean_slope))
         if error is not None:
             displaced = {one.key: one.delta for one in layers if one.delta is not None}
-            state.feedback.learn(displaced, self._difference(outputs), error, self.feedback)
+            state.feedback.learn(displaced, summed(self._difference(outputs)), error, self.feedback)
         return torch.stack(losses).mean()
 
     def _check_uses(self, watched: DisplacedOutputs, state: PerExampleState, examples: int) -> None:
@@ -282,16 +283,20 @@ class PerExample(GradientEstimator):
             total.add_(value, alpha=a / self.stencil.mu)
         return total
 
-    def _error(self, objective: Objective, outputs: list[Tensor], state: PerExampleState, seed: int) -> Tensor:
-        """The gradient [B, C] of the mean loss by the net's output."""
-        assert state.net is not None
-        output = torch.stack(outputs).to(torch.promote_types(outputs[0].dtype, torch.float32)).mean(0)
+    def _error(
+        self, objective: Objective, outputs: list[Tensor], returned: list[Any], state: PerExampleState, seed: int
+    ) -> Tensor | None:
+        """The gradient [B, C] of the mean loss by the net's output, if that is known."""
+        if state.output is None:
+            return None
+        rows = torch.stack(outputs).to(torch.promote_types(outputs[0].dtype, torch.float32)).mean(0)
+        alone = LossAlone(objective, state.output, returned)
         if self.loss_gradient == "auto":
             if state.is_smooth is None:
-                state.is_smooth = is_smooth(objective, state.net, output, seed)
-            if state.is_smooth and (error := gradient_by_autograd(objective, state.net, output)) is not None:
+                state.is_smooth = alone.is_smooth(rows, seed)
+            if state.is_smooth and (error := alone.by_autograd(rows)) is not None:
                 return error.div_(len(error))
-        return gradient_by_values(objective, state.net, output, seed).div_(len(output))
+        return alone.by_values(rows, seed).div_(len(rows))
 
     def _trust(self, layer: Seen, state: PerExampleState) -> float:
         """The weight ``λ`` of what the noise says about a layer: all that there is, where nothing was predicted."""

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from zo_lightning.directions import Rademacher
-from zo_lightning.estimators.per_example.output import module_calls, output_of_the_net
+from zo_lightning.estimators.per_example.containers import tensors_of
+from zo_lightning.estimators.per_example.loss_alone import find_output
+from zo_lightning.estimators.per_example.output import Call, candidates, module_calls
 from zo_lightning.estimators.per_example.state import Layer, PerExampleState
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.affine import BatchNormalization
@@ -54,6 +56,11 @@ class Look:
         watched = self.watched(state.buffers, statistics=statistics)
         with module_calls(self.module, watched) as calls, self.objective.probe(), watched:
             losses = self.objective.losses()
+        if not watched.events and not watched.opaque:
+            raise ValueError(
+                f"PerExample sees no use of {self.weights.names[0]} or another weight: functions of PyTorch must use "
+                "them within the loss; ZerothOrder needs values alone"
+            )
         if state.buffers and watched.is_constant(losses):  # they may be of the batch
             state.buffers = False
             self.take(state)
@@ -77,9 +84,23 @@ class Look:
             if not {watched.names[id(w)] for w in use.operation.weights} <= state.shared.keys():
                 state.layers.setdefault(key, self._layer(use, layout, examples))
         if self.feedback:
-            state.net, state.last = output_of_the_net(calls, watched, examples)
-            if state.net is None:
-                _log.warning("PerExample: no module's output [B, C] leads to the loss alone: no feedback is learned")
+            self._find_output(calls, watched, losses, state)
+
+    def _find_output(
+        self, calls: list[Call], watched: DisplacedOutputs, losses: Tensor, state: PerExampleState
+    ) -> None:
+        found = candidates(calls, watched, losses)
+        state.output = find_output(self.objective, found, losses, self.seed) if found else None
+        state.last = None
+        if state.output is None:
+            _log.warning("PerExample: no outputs of modules are all that the losses depend on: no feedback is learned")
+            return
+        if len(state.output.parts) == 1 and watched.uses:
+            (k, layout), (key, use) = state.output.parts[0], list(watched.uses.items())[-1]
+            made = tensors_of([call.output for call in found])[k]
+            layer = state.layers.get(key)
+            if use.output is made and use.version == found[-1].version and layer and layer.layout == layout:
+                state.last = key
 
     def watched(
         self,

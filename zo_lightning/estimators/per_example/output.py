@@ -1,42 +1,121 @@
-"""A net's output, the last tensor that all weights act through, and the gradient of the loss by it."""
+"""A net's output, the last tensors that all weights act through: finding it, reading it, and putting in others."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.directions import Rademacher
-from zo_lightning.objective import Objective
+from zo_lightning.estimators.per_example.containers import replaced, tensors_of
+from zo_lightning.perturbed.layouts import Layout
 from zo_lightning.perturbed.outputs import DisplacedOutputs
 
 LARGEST = 4096
-"""Numbers per example in an output that counts as one."""
+"""Numbers per example in an output that is taken as it is; a larger one is taken in as many random sums as follow."""
 
-EXACT = 16
-"""Outputs up to which finite differences are along each of them; as many random directions serve for more."""
+SUMS = 256
 
-_MU = 1e-2  # displaces the net's output, where the loss alone is asked
-_SIGNS = Rademacher()
+
+@dataclass(frozen=True)
+class Output:
+    """All that the loss sees of the weights.
+
+    Attributes:
+        modules: the names of the modules that return it, in the order of their calls.
+        parts: which of the tensors of numbers in what they return, counted through, and where each has the examples.
+    """
+
+    modules: tuple[str, ...]
+    parts: tuple[tuple[int, Layout], ...]
+
+    def read(self, returned: Sequence[Any], examples: int) -> Tensor:
+        """Its numbers for each example, [B, C]."""
+        tensors = tensors_of(returned)
+        rows = [layout.rows(tensors[k], examples) for k, layout in self.parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+    def write(self, returned: Sequence[Any], rows: Tensor) -> list[Any]:
+        """What the modules would return with other numbers in it."""
+        tensors, parts, at = tensors_of(returned), {}, 0
+        for k, layout in self.parts:
+            size = tensors[k].numel() // len(rows)
+            part = rows[:, at : at + size].reshape(len(rows), -1)  # as exact as it is, for the sake of differences
+            parts[k] = layout.restore(part, tensors[k].shape).clone()  # the loss may change the output in place
+            at += size
+        return _with_parts(returned, parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain containers."""
+        return {"modules": list(self.modules), "parts": [[k, *layout] for k, layout in self.parts]}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any] | None) -> "Output | None":
+        """The inverse."""
+        if state is None:
+            return None
+        return cls(tuple(state["modules"]), tuple((k, Layout(*layout)) for k, *layout in state["parts"]))
+
+
+def _with_parts(returned: Sequence[Any], parts: Mapping[int, Tensor]) -> list[Any]:
+    """What modules return, with some of the tensors in it, counted through, replaced."""
+    count = -1
+
+    def one(tensor: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return parts.get(count, tensor)
+
+    return replaced(list(returned), one)
+
+
+@lru_cache(maxsize=4)
+def _sums(numbers: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(numbers)
+    places = torch.randint(SUMS, (numbers,), generator=generator)
+    signs = torch.randint(2, (numbers,), generator=generator) * 2.0 - 1
+    return places.to(device), signs.to(device)
+
+
+def summed(rows: Tensor) -> Tensor:
+    """``R y`` for each row ``y``, with ``E[Rᵀ R] = I``, where there are too many numbers; else the rows themselves.
+
+    Each number goes into one of the sums, with a random sign. Source: Charikar, Chen & Farach-Colton, *Finding frequent
+    items in data streams*, 2002.
+    """
+    if rows.shape[1] <= LARGEST:
+        return rows
+    places, signs = _sums(rows.shape[1], rows.device)
+    return rows.new_zeros(len(rows), SUMS).index_add_(1, places, rows * signs.to(rows.dtype))
 
 
 @dataclass(eq=False)
-class _Call:
-    """One call of a module: its output, and how many uses of weights there had been before and after it."""
+class Call:
+    """One call of a module: what it returned, and how many uses of weights there had been before and after it.
+
+    Attributes:
+        depth: how many calls it is within.
+    """
 
     name: str
     output: Any
     version: int
     before: int
     after: int
+    depth: int
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of numbers that it returned."""
+        return tensors_of(self.output)
 
 
 @contextmanager
-def module_calls(module: nn.Module, watched: DisplacedOutputs) -> Iterator[list[_Call]]:
+def module_calls(module: nn.Module, watched: DisplacedOutputs) -> Iterator[list[Call]]:
     """The calls of a module's submodules within a pass, in the order in which they end; TorchScript shows none."""
-    calls: list[_Call] = []
+    calls: list[Call] = []
     began: list[int] = []
     handles = []
     for name, submodule in module.named_modules():
@@ -46,7 +125,7 @@ def module_calls(module: nn.Module, watched: DisplacedOutputs) -> Iterator[list[
         handles.append(
             submodule.register_forward_hook(
                 lambda *a, name=name: calls.append(
-                    _Call(name, a[2], getattr(a[2], "_version", 0), began.pop(), watched.events)
+                    Call(name, a[2], getattr(a[2], "_version", 0), began.pop(), watched.events, len(began))
                 )
             )
         )
@@ -57,105 +136,79 @@ def module_calls(module: nn.Module, watched: DisplacedOutputs) -> Iterator[list[
             handle.remove()
 
 
-def output_of_the_net(calls: list[_Call], watched: DisplacedOutputs, examples: int) -> tuple[str | None, str | None]:
-    """The name of the module whose output is all that the loss sees of the weights, and the key of the use behind it.
+def candidates(calls: list[Call], watched: DisplacedOutputs, losses: Tensor) -> list[Call]:
+    """The calls whose outputs are all that the loss sees of the weights; none where there are no such.
 
-    Of modules that return the same tensor it is the outermost: with its output replaced the least is left to compute.
-    The module is None where there is no such output [B, C]; the key is None where something else, such as a softmax or
-    a change in place, makes the output.
+    One call may hold all uses of weights; of several that do, the first is taken that returns a matrix, or else
+    anything, and of those that return the same thing the outermost: with its output replaced the least is left to
+    compute. Else it is a few calls, such as those of an encoder and a head, that follow each other.
     """
-    names = [call.name for call in calls]
-    once = [call for call in calls if names.count(call.name) == 1 and isinstance(call.output, Tensor)]
-    for call in once:
-        shape = tuple(call.output.shape)
-        whole = call.before == 0 and call.after == watched.events
-        if not whole or len(shape) != 2 or shape[0] != examples or shape[1] > LARGEST:
-            continue
-        outermost = [c for c in once if c.output is call.output and c.version == call.version][-1]
-        made_by = [k for k, u in watched.uses.items() if u.output is call.output and u.version == call.version]
-        return outermost.name, made_by[0] if made_by else None
-    return None, None
+    whole = [c for c in calls if c.before == 0 and c.after == watched.events and c.after]
+    inner = [c for c in whole if c.tensors and not any(t is losses for t in c.tensors)]
+    matrices = [c for c in inner if _is_matrix(c.output, len(losses))]
+    if inner:
+        first = (matrices or inner)[0]
+        return [[c for c in inner if c.output is first.output and c.version == first.version][-1]]
+    depth = max((c.depth for c in whole), default=-1) + 1
+    few = [c for c in calls if c.depth == depth and c.after > c.before]
+    covered = sum(c.after - c.before for c in few) == watched.events
+    return few if covered and all(c.tensors for c in few) else []
+
+
+def _is_matrix(output: Any, examples: int) -> bool:
+    return isinstance(output, Tensor) and output.ndim == 2 and len(output) == examples and output.shape[1] <= LARGEST
 
 
 @contextmanager
-def watched_output(module: nn.Module, name: str | None) -> Iterator[list[Tensor]]:
-    """What one submodule returns within the context, call by call."""
-    outputs: list[Tensor] = []
-    if name is None:
-        yield outputs
+def returned_by(module: nn.Module, output: Output | None) -> Iterator[list[Any]]:
+    """What the modules that make the output return within the context, call by call; the output itself is copied."""
+    returned: list[Any] = []
+    depth = count = 0
+    if output is None:
+        yield returned
         return
-    handle = module.get_submodule(name).register_forward_hook(lambda *a: outputs.append(a[2].clone()))
+    parts = {k for k, _ in output.parts}
+
+    def begin(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def end(_: nn.Module, __: Any, value: Any) -> None:
+        nonlocal depth, count
+        depth -= 1
+        if depth == 0:  # else it is within another call that is read
+
+            def kept(tensor: Tensor) -> Tensor:
+                nonlocal count
+                count += 1
+                return tensor.clone() if count - 1 in parts else tensor
+
+            returned.append(replaced(value, kept))
+
+    handles = []
+    for name in dict.fromkeys(output.modules):
+        one = module.get_submodule(name)
+        handles += [one.register_forward_pre_hook(begin), one.register_forward_hook(end)]
     try:
-        yield outputs
+        yield returned
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
-def replaced_output(module: nn.Module, name: str, output: Tensor) -> Iterator[None]:
-    """Let one submodule return ``output`` without computing anything."""
-    net = module.get_submodule(name)
-    before = vars(net).get("forward")
-    vars(net)["forward"] = lambda *_, **__: output
+def returning(module: nn.Module, names: Iterable[str], values: Iterable[Any]) -> Iterator[None]:
+    """Let some submodules return these values, call by call, without computing anything."""
+    rest = iter(values)
+    before = []
+    for name in dict.fromkeys(names):
+        own = vars(module.get_submodule(name))
+        before.append((own, own.get("forward")))
+        own["forward"] = lambda *_, **__: next(rest)
     try:
         yield
     finally:
-        del vars(net)["forward"]
-        if before is not None:
-            vars(net)["forward"] = before
-
-
-def gradient_by_autograd(objective: Objective, net: str, output: Tensor) -> Tensor | None:
-    """The gradient [B, C] of each example's loss by the net's output, or None where autograd does not give one.
-
-    The loss is asked once, and no layer is run: the graph is that of the loss function alone.
-    """
-    leaf = output.detach().requires_grad_()
-    with objective.probe(cost=0), torch.enable_grad():
-        # A copy of its own: the loss may change the output in place.
-        with replaced_output(objective.module, net, leaf.clone()):
-            losses = objective.per_example()
-        if not isinstance(losses, Tensor) or not losses.requires_grad:
-            return None
-        return torch.autograd.grad(losses.sum(), leaf, allow_unused=True)[0]
-
-
-def gradient_by_values(objective: Objective, net: str, output: Tensor, seed: int) -> Tensor:
-    """The same gradient by central differences of the loss alone: exact up to ``EXACT`` outputs, else unbiased.
-
-    With more outputs than that it is ``(1/K) Σₖ cᵢₖ rᵢₖ`` with ``K = EXACT`` random signs ``rᵢₖ`` [C] for each example.
-    """
-    examples, classes = output.shape
-    error = torch.zeros_like(output)
-    for k in range(min(classes, EXACT)):
-        if classes <= EXACT:
-            direction = torch.zeros_like(output)
-            direction[:, k] = 1.0
-        else:
-            direction = _SIGNS.draw([output], seed, -2, k)[0]
-        slope = slopes(objective, net, output, direction)
-        error.addcmul_(direction, slope.unsqueeze(1), value=1.0 if classes <= EXACT else 1 / EXACT)
-    return error
-
-
-def slopes(objective: Objective, net: str, output: Tensor, direction: Tensor) -> Tensor:
-    """The central difference [B] of the losses along a direction [B, C] of the net's output."""
-    ends = []
-    for mu in (_MU, -_MU):
-        with objective.probe(cost=0), replaced_output(objective.module, net, torch.add(output, direction, alpha=mu)):
-            ends.append(objective.losses())
-    return (ends[0] - ends[1]).to(output.dtype) / (2 * _MU)
-
-
-def is_smooth(objective: Objective, net: str, output: Tensor, seed: int) -> bool:
-    """Whether autograd's gradient of the loss alone is what the loss's values say, along one random direction."""
-    try:
-        error = gradient_by_autograd(objective, net, output)
-    except RuntimeError:  # something in the loss has no derivative
-        return False
-    if error is None:
-        return False
-    direction = _SIGNS.draw([output], seed, -2, 0)[0]
-    values, exact = slopes(objective, net, output, direction), (error * direction).sum(1)
-    # A kink under one example's step, or rounding, moves this by far less than a missing factor or term.
-    return bool(torch.linalg.vector_norm(values - exact) <= 0.1 * torch.linalg.vector_norm(values) + 1e-3)
+        for own, forward in before:
+            del own["forward"]
+            if forward is not None:
+                own["forward"] = forward

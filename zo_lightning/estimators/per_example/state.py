@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from zo_lightning.estimators.per_example.feedback import Feedback, Shrinkage
+from zo_lightning.estimators.per_example.output import Output
 from zo_lightning.perturbed.gates import Gate
 from zo_lightning.perturbed.layouts import Layout
 from zo_lightning.perturbed.state import State
@@ -58,7 +59,7 @@ class PerExampleState(State):
         used: keys of all uses.
         shared: names of the weights with one direction for the whole batch, and why.
         buffers: whether no example enters the module's buffers.
-        net: name of the module that makes the net's output, if there is one.
+        output: of the net, if there is one that the losses depend on alone.
         last: key of the use that makes it, if one does.
         is_smooth: whether autograd gives the loss's gradient by the net's output; None: not tried.
         steps: taken so far.
@@ -79,7 +80,7 @@ class PerExampleState(State):
         self.used: set[str] = set()
         self.shared: dict[str, str] = {}
         self.buffers = True
-        self.net: str | None = None
+        self.output: Output | None = None
         self.last: str | None = None
         self.is_smooth: bool | None = None
         self.shrinkage = Shrinkage()
@@ -94,7 +95,7 @@ class PerExampleState(State):
             "used": sorted(self.used),
             "shared": dict(self.shared),
             "buffers": self.buffers,
-            "net": self.net,
+            "output": None if self.output is None else self.output.state_dict(),
             "last": self.last,
             "is_smooth": self.is_smooth,
             "feedback": self.feedback.state_dict(),
@@ -111,6 +112,7 @@ class PerExampleState(State):
         }
         self.used, self.shared = set(state["used"]), dict(state["shared"])
         self.buffers = state["buffers"]
-        self.net, self.last, self.is_smooth = state["net"], state["last"], state["is_smooth"]
+        self.output = Output.of_state(state["output"])
+        self.last, self.is_smooth = state["last"], state["is_smooth"]
         self.feedback.load_state_dict(state["feedback"])
         self.shrinkage.load_state_dict(state["shrinkage"])
