@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from zo_lightning.costs import FlopMeter
@@ -320,3 +321,13 @@ def driver_of(trainer: Any, module: LightningModule) -> Driver | None:
         if isinstance(driver := vars(owner).get("_driver"), Driver):
             return driver
     return None
+
+
+def say_if_unused(trainer: Any, module: LightningModule) -> None:
+    """Warn where a module has an estimator that nothing asks, so that it is trained by backpropagation."""
+    if isinstance(getattr(module, "estimator", None), GradientEstimator) and driver_of(trainer, module) is None:
+        name = type(module).__name__
+        rank_zero_warn(
+            f"{name}.estimator is not used, and {name} is trained by backpropagation: write class ZONet("
+            f"EstimatedGradient, {name}), or give the trainer the callback GradientFree(module.estimator)"
+        )
