@@ -158,7 +158,9 @@ class Driver:
         """
         if self._optimizer is not module.trainer.optimizers[0]:  # a class of its own ``on_fit_start``
             self.prepare(module, ask)
-        estimator = self.estimator if self.mu_in_use is None else self.estimator.with_mu(self.mu_in_use)
+        estimator, mu = self.estimator, self.mu_in_use
+        if mu is not None and mu != estimator.mu:
+            estimator = estimator.with_mu(mu)
         if module.trainer.fit_loop._skip_backward:  # StochasticWeightAveraging asks for BatchNorm's statistics alone
             self.forward_passes += 1
             with nullcontext() if estimator.is_exact else torch.no_grad():
