@@ -12,6 +12,7 @@ from zo_lightning.estimators import GradientEstimator, ZerothOrder
 from zo_lightning.modules import EstimatedGradient
 from zo_lightning.modules.driver import Driver
 from zo_lightning.modules.memory import Memory
+from zo_lightning.modules.optimizers import expect_one_optimizer
 from zo_lightning.modules.processes import check_samplers
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.state import State
@@ -121,7 +122,7 @@ class GradientFree(Callback):
         if len(others) > 1:
             raise MisconfigurationException(f"one GradientFree trains a module, got {len(others)}")
         self._restore(pl_module)  # after a run that was killed
-        self._driver.expect_one_optimizer(pl_module)
+        expect_one_optimizer(pl_module)
         self._before = {name: vars(pl_module).get(name) for name in _REPLACED}
         self._own_step = pl_module.training_step
         for method in _REPLACED:

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -123,32 +123,6 @@ class Driver:
         self._flops.load_state_dict(state["flops"])
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self.state.load_state_dict(state["estimator"])
-
-    def expect_one_optimizer(self, module: LightningModule) -> None:
-        """Let the next call of ``configure_optimizers`` refuse several, which Lightning sends to manual optimization.
-
-        Raises:
-            MisconfigurationException: in that call.
-        """
-        own, in_place = module.configure_optimizers, vars(module).get("configure_optimizers")
-
-        @wraps(own)
-        def configure_optimizers() -> Any:
-            del vars(module)["configure_optimizers"]
-            if in_place is not None:  # the object has one beside its class's
-                vars(module)["configure_optimizers"] = in_place
-            configured: Any = own()
-            optimizers = configured[0] if _is_pair_of_lists(configured) else configured
-            if isinstance(optimizers, list | tuple) and len(optimizers) > 1 and module.automatic_optimization:
-                raise MisconfigurationException(
-                    f"an estimator trains by one optimizer, {type(module).__name__}.configure_optimizers gave "
-                    f"{len(optimizers)}: make one with several parameter groups, or step them in manual optimization "
-                    "and call estimator.backward(loss, module, step) in place of manual_backward, without mixin or "
-                    "callback"
-                )
-            return configured
-
-        vars(module)["configure_optimizers"] = configure_optimizers
 
     def prepare(self, module: LightningModule, training_step: Callable[..., Any]) -> None:
         """Check at the start of ``fit`` that module and trainer suit an estimator, and choose the memory.
@@ -345,7 +319,3 @@ def driver_of(trainer: Any, module: LightningModule) -> Driver | None:
         if isinstance(driver := vars(owner).get("_driver"), Driver):
             return driver
     return None
-
-
-def _is_pair_of_lists(configured: Any) -> bool:
-    return isinstance(configured, list | tuple) and len(configured) == 2 and isinstance(configured[0], list)

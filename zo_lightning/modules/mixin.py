@@ -11,6 +11,7 @@ from torch import Tensor
 from zo_lightning.estimators import GradientEstimator, ZerothOrder
 from zo_lightning.modules.driver import Driver
 from zo_lightning.modules.memory import Memory
+from zo_lightning.modules.optimizers import expect_one_optimizer
 from zo_lightning.modules.processes import check_samplers, splits_data
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.state import State
@@ -133,7 +134,7 @@ class EstimatedGradient(_Module):
         """Refuse several optimizers as soon as they are made."""
         super().setup(stage)
         if stage == "fit":
-            self._driver.expect_one_optimizer(self)
+            expect_one_optimizer(self)
 
     def on_fit_start(self) -> None:
         """Check that the trainer's settings suit an estimator."""
