@@ -1,3 +1,4 @@
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.callbacks.runs import automatic, batches, classifier, events, first_order, net, scalars, trainer, validation
+from zo_lightning import GradientFree, ZerothOrder
 from zo_lightning.callbacks import Budget, GradientAlignment
 from zo_lightning.callbacks.budget import peak_memory
 
@@ -172,3 +174,27 @@ def test_batches_of_unknown_size_count_as_none() -> None:
 
     assert _size((torch.ones(5, 2), torch.ones(5))) == 5
     assert _size(object()) == 0
+
+
+@pytest.mark.parametrize("make", [classifier, automatic])
+def test_a_trainer_that_logs_nothing(make: Any, tmp_path: Path) -> None:
+    budget = Budget()
+    trainer(tmp_path, budget, log_every_n_steps=0).fit(make(), batches())
+    bare = Budget()
+    Trainer(barebones=True, accelerator="cpu", max_epochs=2, callbacks=[bare], default_root_dir=tmp_path).fit(
+        make(), batches()
+    )
+    assert budget.forward_passes == bare.forward_passes > 0
+    assert budget.flops == bare.flops > 0
+
+
+def test_an_estimator_that_nothing_asks_is_named(tmp_path: Path) -> None:
+    module: Any = automatic()
+    module.estimator = ZerothOrder(seed=0)
+    with pytest.warns(UserWarning, match="AutomaticClassifier.estimator is not used, .* trained by backpropagation"):
+        trainer(tmp_path, Budget(), max_steps=1).fit(module, batches())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, Budget(), GradientFree(module.estimator), max_steps=1).fit(module, batches())
+        trainer(tmp_path, Budget(), max_steps=1).fit(classifier(), batches())
+    assert not [one for one in caught if "is not used" in str(one.message)]

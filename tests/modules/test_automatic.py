@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.modules.ways import WAYS, Net, batches, driver, fitted, made, trainer, weights
-from zo_lightning import Backprop, CentralDifference, EstimatedGradient, ForwardGradient, GradientFree, ZerothOrder
+from zo_lightning import (
+    Backprop,
+    CentralDifference,
+    EstimatedGradient,
+    ForwardGradient,
+    GradientFree,
+    PerExample,
+    ZerothOrder,
+)
 
 every_way = pytest.mark.parametrize("way", WAYS)
 ZO = ZerothOrder(samples=2, seed=0)
@@ -439,3 +447,38 @@ def test_mu_follows_the_learning_rate_through_the_callback(tmp_path: Path) -> No
 
     trainer(tmp_path, callback).fit(Halves())
     assert callback.mu_in_use == pytest.approx(1e-3 / 4)
+
+
+class Physics(Smooth):
+    """A loss of the derivative of the net's output by its input."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(x)[:, 0].sum(), x, create_graph=True)
+        losses = (slope - 1).square().mean(1)
+        return {"loss": losses.mean(), "losses": losses}
+
+
+@pytest.mark.parametrize(
+    "estimator", [ZerothOrder(samples=8, seed=0), ForwardGradient(samples=8, seed=0)], ids=lambda e: type(e).__name__
+)
+@every_way
+def test_a_loss_of_derivatives_by_the_input(way: str, estimator: Any, tmp_path: Path) -> None:
+    losses: list[float] = []
+
+    class Watched(Physics):
+        def on_train_batch_end(self, outputs: Any, *_: Any) -> None:  # type: ignore[override]
+            losses.append(float(outputs["loss"]))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    module, callbacks = made(Watched, way, estimator)
+    trainer(tmp_path, *callbacks, max_epochs=4).fit(module)
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+    assert all(p.grad is None or not p.grad.requires_grad for p in module.parameters())
+
+
+def test_derivatives_by_the_input_are_refused_where_there_is_no_graph_to_be_had(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no graph under PerExample .*: for derivatives by the inputs take ZerothOr"):
+        fitted(Physics, "mixin", PerExample(seed=0), tmp_path)

@@ -79,7 +79,7 @@ def test_exponential_averages(way: str, tmp_path: Path) -> None:
 
 @every_way
 def test_pruned_weights_stay_zero(way: str, tmp_path: Path) -> None:
-    pruning = ModelPruning("l1_unstructured", amount=0.2, parameters_to_prune=None, use_lottery_ticket_hypothesis=False)
+    pruning = ModelPruning("l1_unstructured", amount=0.2, use_lottery_ticket_hypothesis=False)
     module = fitted(Net, way, ZO, tmp_path, pruning, max_epochs=3)
     first: Any = module.net[0]  # type: ignore[index]
     start: Any = Net().net[0]

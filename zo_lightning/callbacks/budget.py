@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from zo_lightning.modules.driver import driver_of
+from zo_lightning.modules.driver import driver_of, say_if_unused
 from zo_lightning.callbacks.reporting import log_scalars, tensorboards
 from zo_lightning.costs import FlopMeter
 from zo_lightning.modules.training_step import logs_now
@@ -82,7 +82,9 @@ class Budget(Callback):
         self._meter.load_state_dict(state_dict["flops"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Add the logger that draws against the cost."""
+        """Add the logger that draws against the cost; say so where a module's estimator is not used."""
+        if stage == "fit":
+            say_if_unused(trainer, pl_module)
         if stage == "fit" and trainer.loggers:
             self.teardown(trainer, pl_module, stage)  # a run that failed has left its own
             trainer.loggers = [*trainer.loggers, _AgainstCost(self, trainer)]

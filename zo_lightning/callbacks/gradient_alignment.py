@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from zo_lightning.modules.driver import driver_of
+from zo_lightning.modules.driver import driver_of, say_if_unused
 from zo_lightning.callbacks.reporting import log_scalars, say_once
 from zo_lightning.callbacks.weight_snapshots import check_at_least_1
 from zo_lightning.costs import uncounted
@@ -74,6 +74,8 @@ class GradientAlignment(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """A loss that had no gradient in another run may have one in this."""
         self._impossible = False
+        if stage == "fit":
+            say_if_unused(trainer, pl_module)
 
     @uncounted()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

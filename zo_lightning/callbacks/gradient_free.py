@@ -12,8 +12,8 @@ from zo_lightning.estimators import GradientEstimator, ZerothOrder
 from zo_lightning.modules import EstimatedGradient
 from zo_lightning.modules.driver import Driver
 from zo_lightning.modules.memory import Memory
-from zo_lightning.modules.optimizers import expect_one_optimizer
 from zo_lightning.modules.processes import check_samplers
+from zo_lightning.modules.refusals import expect_one_optimizer
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.state import State
 

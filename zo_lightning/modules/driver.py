@@ -1,6 +1,5 @@
 """What stands between Lightning's automatic optimization and an estimator."""
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -9,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from pytorch_lightning import LightningModule
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from zo_lightning.costs import FlopMeter
@@ -18,7 +17,8 @@ from zo_lightning.estimators.base import Estimate, step_by_tensor
 from zo_lightning.modules.delivery import Deliver, delivering, whole
 from zo_lightning.modules.memory import Memory, chooses_lean
 from zo_lightning.modules.processes import check_processes, explain_loss, keep_gradients
-from zo_lightning.modules.training_step import NoLoss, TrainingStep, logs_now
+from zo_lightning.modules.refusals import check_module
+from zo_lightning.modules.training_step import NeedsGraph, NoLoss, TrainingStep, logs_now
 from zo_lightning.modules.watch import Watch
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.state import State
@@ -84,7 +84,7 @@ class Driver:
         self._flops = FlopMeter()
         self._described: tuple[GradientEstimator | None, str] = None, ""
         self._optimizer: torch.optim.Optimizer | None = None  # of the fit for which all is prepared
-        self._lean = False
+        self._lean = self._with_graph = False
         self._watch = Watch()
         self._batch: Any = None
 
@@ -130,16 +130,8 @@ class Driver:
         Raises:
             MisconfigurationException: they do not; the message says what to change.
         """
-        trainer, name = module.trainer, type(module).__name__
-        if not module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{name} steps its optimizers itself, and an estimator takes its place in automatic optimization: call "
-                "estimator.backward(loss, module, step) in place of manual_backward, without mixin or callback"
-            )
-        if "dataloader_iter" in inspect.signature(training_step).parameters:
-            raise MisconfigurationException(
-                f"{name}.training_step takes a dataloader_iter, which cannot be asked twice for one batch: take a batch"
-            )
+        trainer = module.trainer
+        check_module(module, training_step)
         check_processes(trainer, self.estimator)
         explain_loss(trainer)
         if not isinstance(self.estimator, Backprop):
@@ -172,12 +164,22 @@ class Driver:
             with nullcontext() if estimator.is_exact else torch.no_grad():
                 return ask(*args, **kwargs)
         objective = TrainingStep(ask, module, *args, **kwargs)
+        objective.with_graph = self._with_graph
         self.estimated_objective, self._batch = objective, args[0] if args else kwargs
         try:
             if self.recorder is None or (output := self._recalled(estimator, objective, module)) is None:
                 output = self._estimated(estimator, objective, module)
         except NoLoss:
             return None
+        except NeedsGraph as error:
+            if self._with_graph:
+                raise RuntimeError(
+                    f"{type(module).__name__}.training_step differentiates what has no graph under "
+                    f"{type(estimator).__name__} ({error.__cause__}): for derivatives by the inputs take ZerothOrder "
+                    "or ForwardGradient"
+                ) from error
+            self._with_graph = True  # for this batch and the later ones
+            return self.training_step(ask, module, *args, **kwargs)
         except NonFiniteLoss as error:
             self._record(objective, module.global_step, error.value, skipped=True)
             self._skip(error, module.global_step)
@@ -319,3 +321,13 @@ def driver_of(trainer: Any, module: LightningModule) -> Driver | None:
         if isinstance(driver := vars(owner).get("_driver"), Driver):
             return driver
     return None
+
+
+def say_if_unused(trainer: Any, module: LightningModule) -> None:
+    """Warn where a module has an estimator that nothing asks, so that it is trained by backpropagation."""
+    if isinstance(getattr(module, "estimator", None), GradientEstimator) and driver_of(trainer, module) is None:
+        name = type(module).__name__
+        rank_zero_warn(
+            f"{name}.estimator is not used, and {name} is trained by backpropagation: write class ZONet("
+            f"EstimatedGradient, {name}), or give the trainer the callback GradientFree(module.estimator)"
+        )

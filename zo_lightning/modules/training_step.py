@@ -1,9 +1,10 @@
 """The loss of a LightningModule, safe to ask again: one pass of a training step counts, the others leave no trace."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -24,6 +25,10 @@ class NoLoss(Exception):
     """A training step returned None: Lightning's way to leave a batch out."""
 
 
+class NeedsGraph(Exception):
+    """A training step differentiates something by itself, and was asked without a graph."""
+
+
 class TrainingStep(Objective):
     """The loss of a LightningModule's ``training_step``: its first forward pass counts, further ones leave no trace.
 
@@ -35,7 +40,12 @@ class TrainingStep(Objective):
         module: whose it is.
         args: of the training step: the batch and its index, as far as it takes them.
         kwargs: of the training step.
+
+    Attributes:
+        with_graph: whether passes of an estimator record a graph, for a step that differentiates by its inputs.
     """
+
+    with_graph = False
 
     def __init__(
         self, training_step: Callable[..., Any], module: LightningModule, /, *args: Any, **kwargs: Any
@@ -73,7 +83,14 @@ class TrainingStep(Objective):
         return self.output
 
     def _ask(self) -> Any:
-        output = self.training_step(*map(_own, self.args), **{name: _own(value) for name, value in self.kwargs.items()})
+        kwargs = {name: _own(value) for name, value in self.kwargs.items()}
+        try:
+            with torch.enable_grad() if self.with_graph else nullcontext():
+                output = self.training_step(*map(_own, self.args), **kwargs)
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                raise
+            raise NeedsGraph from error
         if output is None:
             raise NoLoss
         return output

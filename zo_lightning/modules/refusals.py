@@ -1,5 +1,7 @@
-"""How many optimizers a module may have where an estimator trains it."""
+"""Modules that an estimator cannot train in automatic optimization: what to change is said before training begins."""
 
+import inspect
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -7,8 +9,27 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 
+def check_module(module: LightningModule, training_step: Callable[..., Any]) -> None:
+    """Raise MisconfigurationException where a module has no one loss of a batch for an estimator to ask again.
+
+    Args:
+        module: about to be trained.
+        training_step: its own.
+    """
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} steps its optimizers itself, and an estimator takes its place in automatic optimization: call "
+            "estimator.backward(loss, module, step) in place of manual_backward, without mixin or callback"
+        )
+    if "dataloader_iter" in inspect.signature(training_step).parameters:
+        raise MisconfigurationException(
+            f"{name}.training_step takes a dataloader_iter, which cannot be asked twice for one batch: take a batch"
+        )
+
+
 def expect_one_optimizer(module: LightningModule) -> None:
-    """Let the next call of ``configure_optimizers`` refuse none, or several: Lightning would not optimize by itself.
+    """Let the next call of ``configure_optimizers`` refuse none, and several, which Lightning leaves to the module.
 
     Raises:
         MisconfigurationException: in that call.
