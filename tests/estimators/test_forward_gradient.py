@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zo_lightning import Backprop, ForwardGradient, Objective, Rademacher, ZerothOrder
+from zo_lightning.perturbed.weights import Weights
 
 
 def attention() -> tuple[nn.Module, Tensor]:
@@ -23,9 +24,10 @@ def assert_slope(net: nn.Module, loss: Callable[[], Tensor]) -> None:
     gradient = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
     ForwardGradient(Rademacher(), seed=0).backward(loss, net, 0)
-    u = Rademacher().draw(list(net.parameters()), 0, 0, 0).tensors()
-    slope = sum(float((gradient[name] * t).sum()) for (name, _), t in zip(net.named_parameters(), u, strict=True))
-    for p, t in zip(net.parameters(), u, strict=True):
+    weights = Weights.of(net)
+    u = Rademacher().draw(weights.params, 0, 0, 0, weights.still).tensors()
+    slope = sum(float((gradient[name] * t).sum()) for name, t in zip(weights.names, u, strict=True))
+    for p, t in zip(weights, u, strict=True):
         assert p.grad is not None and torch.allclose(p.grad, slope * t, rtol=1e-9)
 
 
@@ -60,9 +62,8 @@ def test_the_slope_through_the_attention_of_transformers(name: str, way: str) ->
     torch.manual_seed(0)
     words = {"vocab_size": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attn_implementation": way}
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-    net = (
-        getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes, **words)).double().eval()
-    )
+    config = getattr(transformers, f"{name}Config")(**sizes, **words)
+    net = getattr(transformers, f"{name}Model")(config).double().eval()
     ids = torch.randint(3, 16, (3, 5))
     assert_slope(net, lambda: net(input_ids=ids).last_hidden_state.square().mean())
 
