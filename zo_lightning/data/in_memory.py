@@ -110,7 +110,7 @@ class InMemoryDataModule(LightningDataModule, ABC):
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:
             return 0, 1
-        trained_by = self.trainer.lightning_module, *self.trainer.callbacks
+        trained_by = self.trainer.lightning_module, *self.trainer.callbacks  # type: ignore[attr-defined]
         if not all(getattr(one, "splits_data", True) for one in trained_by):
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
