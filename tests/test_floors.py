@@ -17,6 +17,10 @@ FLOORS = {
     "nets": 0,
     "data": 0,
     "snapshots": 0,
+    "checkpoint_io": 0,
+    "random_states": 0,
+    "progress": 0,
+    "curves": 0,
     "filters": 0,
     "trajectories": 0,
     "perturbed": 1,
@@ -26,11 +30,13 @@ FLOORS = {
     "modules": 4,
     "cli_errors": 4,
     "cli_parser": 5,
+    "locks": 5,
     "checkpoints": 5,
-    "callbacks": 5,
-    "study": 5,
-    "cli": 6,
-    "__main__": 7,
+    "runs": 6,
+    "callbacks": 6,
+    "study": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 # The package's own __init__ names everything, lazily, so it may import anything; for the others it is the roof.
 ROOF = "__init__"

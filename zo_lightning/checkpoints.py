@@ -4,31 +4,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from zo_lightning.checkpoint_io import DamagedCheckpoint, load_checked
 from zo_lightning.cli_errors import UserError
 from zo_lightning.measures import mismatch
 
 
 def read_checkpoint(option: str, path: Any) -> dict[str, Any] | None:
-    """The checkpoint in a file, or None where none is named or Lightning finds it by itself (``last``, ``best``).
+    """The checkpoint in a file, or None where none is named, or a word stands for it (``last``, ``best``, ``hpc``).
 
     Raises:
-        UserError: the file does not exist or is no checkpoint.
+        UserError: the file does not exist, is damaged, or is no checkpoint.
     """
     if path is None or (option == "ckpt_path" and str(path) in ("best", "last", "hpc")):
         return None
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise UserError(f"{option} '{path}' does not exist")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-        raise UserError(f"{option} '{path}' is damaged or not a checkpoint") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{option} '{path}' holds no Lightning checkpoint: it has no state_dict")
-    return checkpoint
+        return load_checked(Path(path))
+    except DamagedCheckpoint as error:
+        raise UserError(f"{option} '{path}' {error}") from error
+    except OSError as error:
+        raise UserError(f"{option} '{path}' cannot be read: {error.strerror}") from error
 
 
 def check_weights(option: str, path: Any, checkpoint: dict[str, Any], model: nn.Module) -> None:

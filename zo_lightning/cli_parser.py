@@ -42,8 +42,12 @@ class SaveConfig(SaveConfigCallback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save without ``ckpt_path`` and ``init_from``: they say where this run came from, not what it is."""
-        if trainer.logger is None:
+        """Save without ``ckpt_path`` and ``init_from``: they say where this run came from, not what it is.
+
+        An evaluation in the folder of a run leaves that run's configuration as it is.
+        """
+        folder = trainer.log_dir  # a collective: asked on every rank
+        if trainer.logger is None or (stage != "fit" and Path(folder or ".", self.config_filename).exists()):
             return
         self.config = self.config.clone()
         for origin in ("ckpt_path", "init_from"):
@@ -118,7 +122,7 @@ def defaults(foreign: bool) -> dict[str, Any]:
             options |= {f"{section}.{name}": value for name, value in values.items()}
         else:
             options[section] = values
-    return options | {"checkpoint.save_last": True}
+    return options
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """The checkpoint from which a run goes on, however it was stopped."""
 
 import math
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +33,16 @@ class LastCheckpoint(ExactResume):
     those of ``ModelCheckpoint``, whose own ``save_last`` writes only together with a best checkpoint. A run that goes on
     from it ends with the same weights, states, metrics and curves as one that was never stopped.
 
+    Ctrl-C stops training as SIGTERM does, when the batch is done; a second one stops at once.
+
     Args:
         every_seconds: between two writings, or more where writing would take a twentieth of the time; null: only at the
             end and on SIGTERM or an error.
         weights_only: without what it takes to go on, for runs that nobody will continue.
+
+    Attributes:
+        path: the file.
+        interrupted: whether Ctrl-C stopped the run.
 
     Raises:
         ValueError: ``every_seconds`` is negative or not finite.
@@ -46,7 +55,9 @@ class LastCheckpoint(ExactResume):
         self.every_seconds = every_seconds
         self.weights_only = weights_only
         self.path = Path()
+        self.interrupted = False
         self._written_at = self._took = 0.0
+        self._handler: Any = None
         self._complete = False  # whether the file holds the end of training already
         self._before: tuple[Any, list[int]] = None, []  # random numbers and weights as the step found them
 
@@ -60,6 +71,7 @@ class LastCheckpoint(ExactResume):
             version += 1
             self.path = folder / f"last-v{version}.ckpt"
         self._written_at, self._complete = time.monotonic(), False
+        self._catch_interrupt(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write between two epochs, where it is time."""
@@ -82,11 +94,13 @@ class LastCheckpoint(ExactResume):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write where training ends with an epoch."""
+        self._release_interrupt()
         if not self._complete:
             self._save(trainer, "epoch")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write on SIGTERM, which Lightning lets through between two batches; else if the step has changed nothing."""
+        self._release_interrupt()
         if self.path == Path() or trainer.sanity_checking or not (trainer.training or trainer.validating):
             return
         batch = trainer.fit_loop.epoch_loop.batch_progress.current
@@ -106,6 +120,28 @@ class LastCheckpoint(ExactResume):
             self._save(trainer, "validation" if trainer.validating else "batch")
         except Exception as error:  # the reason why the run ends is the other one
             rank_zero_warn(f"'{self.path}' could not be written: {error}")
+
+    def _catch_interrupt(self, trainer: Trainer) -> None:
+        self.interrupted = False
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            return
+
+        def stop(*_: Any) -> None:
+            self._release_interrupt()
+            self.interrupted = True
+            trainer._signal_connector.received_sigterm = True
+            if trainer.is_global_zero:
+                print("\nStopping when this batch is done; Ctrl-C again stops at once.", file=sys.stderr)
+
+        self._handler = stop
+        signal.signal(signal.SIGINT, stop)
+
+    def _release_interrupt(self) -> None:
+        if self._handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._handler = None
 
     def _is_due(self, trainer: Trainer) -> bool:
         if self.every_seconds is None or getattr(trainer, "fast_dev_run", False):

@@ -109,7 +109,7 @@ def _positive(word: str) -> int:
 
 
 def _fit_options(words: list[str]) -> tuple[str, ...]:
-    sections = ("--model", "--data", "--trainer", "--checkpoint", "--progress_bar")
+    sections = ("--model", "--data", "--trainer", "--checkpoint", "--last_checkpoint", "--progress_bar")
     for position, word in enumerate(words):
         is_value = position > 0 and words[position - 1].startswith("--") and "=" not in words[position - 1]
         if not (word.split("=")[0].split(".")[0] in sections or (is_value and not word.startswith("--"))):

@@ -15,7 +15,7 @@ from zo_lightning.cli_errors import UserError
 Overlay = dict[str, Any]
 
 _KEYS = ("name", "base", "common", "methods", "nets", "seeds", "reference", "snapshots")
-_SECTIONS = ("model", "data", "trainer", "checkpoint", "progress_bar")
+_SECTIONS = ("model", "data", "trainer", "checkpoint", "last_checkpoint", "progress_bar")
 _METHOD_KEYS = ("base", "by_scale", *_SECTIONS)
 
 
