@@ -16,7 +16,7 @@ from pytorch_lightning.cli import (
     OptimizerCallable,
 )
 from pytorch_lightning.plugins.io import CheckpointIO
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from zo_lightning.callbacks.exact_resume import KEY, ExactResume
 from zo_lightning.callbacks.gradient_free import GradientFree, driver_of
@@ -206,15 +206,14 @@ class CLI(LightningCLI):
             if self.checkpoint is not None and trainer.is_global_zero:
                 marks = self.checkpoint.get(KEY, {}).get("curves", [])
                 continue_curves(trainer.loggers, marks, Path(kwargs["ckpt_path"]).resolve().parent.parent)
-            self.checkpoint = (
-                None if self.checkpoint is None else {"global_step": self.checkpoint.get("global_step", 0)}
-            )
+            self.checkpoint = self.checkpoint and {"global_step": self.checkpoint.get("global_step", 0)}  # frees memory
             try:
                 trainer.fit(**{**kwargs, "weights_only": True})
             except SystemExit as stop:
                 last = next((one for one in _callbacks(trainer) if isinstance(one, LastCheckpoint)), None)
                 interrupted = isinstance(stop.__context__, KeyboardInterrupt) or (last is not None and last.interrupted)
-                stop.code = 130 if interrupted else 143
+                if interrupted or isinstance(stop, SIGTERMException):
+                    stop.code = 130 if interrupted else 143
                 if last is not None and last.path.is_file() and trainer.is_global_zero:
                     print(f"\nzo-lightning: stopped; to go on: --ckpt_path {last.path}", file=sys.stderr)
                 raise
@@ -231,7 +230,7 @@ class CLI(LightningCLI):
         if path in ("last", "best"):
             path = str(find_checkpoint(self.trainer, path, to_train=self.subcommand == "fit"))
             for config in (self.config, self.config_init):
-                config[self.subcommand]["ckpt_path"] = path
+                config[str(self.subcommand)]["ckpt_path"] = path
             self.checkpoint = read_checkpoint("ckpt_path", path)
         if self.subcommand == "fit":
             settle_in(self.trainer, None if self.checkpoint is None else Path(path))
@@ -287,6 +286,8 @@ def main(args: list[str] | None = None) -> int:
         return _fail(error, 2)
     except (TrainingDiverged, WeightsDiverged, ProcessLost, MisconfigurationException) as error:
         return _fail(error, 1)
+    except SIGTERMException as stop:
+        return int(stop.code or 143)
     return 0
 
 

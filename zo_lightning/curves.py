@@ -1,7 +1,7 @@
 """The curves of a run on disk, TensorBoard's events and ``metrics.csv``: how far they go, and their continuation.
 
-A run that goes on from a checkpoint draws again what came after it. So a checkpoint notes how far the files go, and they
-are cut there before training goes on: no point is drawn twice, none is missing.
+A run that goes on from a checkpoint draws again what came after it. So a checkpoint notes how far the files go, and
+they are cut there before training goes on: no point is drawn twice, none is missing.
 """
 
 import csv

@@ -1,6 +1,5 @@
 """The folders of runs: which one a run writes to, what is there already, and where a checkpoint is found."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,9 +51,7 @@ def find_checkpoint(trainer: Trainer, word: str, *, to_train: bool) -> Path:
         for text in damaged:
             _warn(f"{text}: '{file}' of step {checkpoint.get('global_step')} is taken in its place")
         return file
-    raise UserError(
-        f"ckpt_path {word}: {'; '.join(damaged)}" if damaged else f"ckpt_path {word}: '{files[0]}' holds weights alone"
-    )
+    raise UserError(f"ckpt_path {word}: {'; '.join(damaged) or 'there are weights alone'}")
 
 
 def settle_in(trainer: Trainer, checkpoint: Path | None) -> None:
@@ -98,7 +95,7 @@ def own_folder(trainer: Trainer) -> Iterator[None]:
         return
     claimed: dict[str, int] = {}
     for logger in _unnamed(trainer):
-        root = os.path.abspath(logger.root_dir)
+        root = str(Path(logger.root_dir).resolve())
         logger._version = claimed[root] if root in claimed else _claim(logger)
         claimed[root] = logger._version
     folder = Path(_local(trainer)[0].log_dir)
