@@ -19,8 +19,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, ``Trainer(plugins=[AtomicCheckpointIO()])``, safe against whatever stops a run.
 
     A checkpoint is written beside its name, forced to the disk, and then renamed: under its name there is always a
-    whole one, the new or the one before, also after a power failure or on a full disk. It is read only where the checksums
-    (CRC-32) that PyTorch's zip format holds of every tensor are right; nothing is unpickled.
+    whole one, the new or the one before, also after a power failure or on a full disk. It is read only where the
+    checksums (CRC-32) that PyTorch's zip format holds of every tensor are right; nothing is unpickled.
 
     Raises:
         DamagedCheckpoint: in ``load_checkpoint``.

@@ -1,11 +1,12 @@
 """What a checkpoint lacks for a run to go on as if it had never stopped."""
 
-import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torchmetrics import Metric
 
 from zo_lightning.curves import mark
@@ -52,8 +53,12 @@ class ExactResume(Callback):
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take it up; a checkpoint of Lightning's own has nothing of it."""
+        """Take it up; a checkpoint of Lightning's own has nothing of it. In another folder the best ones are copied."""
         self.loaded = dict(checkpoint.get(KEY, {}))
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if trainer.state.fn == "fit" and isinstance(callback, ModelCheckpoint) and state and trainer.ckpt_path:
+                _take_along(state, callback, Path(trainer.ckpt_path).parent, trainer.is_global_zero)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the counters and the metrics."""
@@ -90,19 +95,24 @@ class ExactResume(Callback):
             self.loaded = {}
 
 
-def move_best(checkpoint: dict[str, Any], old: Path, new: Path) -> None:
-    """Let the state of the "best" checkpoints name files in the folder ``new`` in place of ``old``."""
+def _take_along(state: dict[str, Any], callback: ModelCheckpoint, beside: Path, writes: bool) -> None:
+    """Let the state of a ``ModelCheckpoint`` name files in its new folder, and copy them there."""
+    old, new = state.get("dirpath"), callback.dirpath
+    if old is None or new is None or Path(old).resolve() == Path(new).resolve():
+        return
 
-    def moved(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {moved(key): moved(one) for key, one in value.items()}
-        if isinstance(value, str) and value and Path(value).resolve().is_relative_to(old.resolve()):
-            return os.path.join(new, Path(value).resolve().relative_to(old.resolve()))
-        return value
+    def moved(name: str) -> str:
+        target = Path(new, Path(name).name)
+        source = next((one for one in (Path(name), beside / target.name) if one.is_file()), None)
+        if writes and source is not None and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        return str(target)
 
-    for key, state in checkpoint.get("callbacks", {}).items():
-        if key.startswith("ModelCheckpoint"):
-            checkpoint["callbacks"][key] = moved(state)
+    state["dirpath"] = new
+    state["best_k_models"] = {moved(name): score for name, score in state["best_k_models"].items()}
+    for one in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[one] = state[one] and moved(state[one])
 
 
 def _sums(trainer: Trainer) -> dict[str, dict[str, Any]]:
