@@ -65,8 +65,8 @@ class Copy(Callback):
     def __init__(self, step: int, run: Path, to: Path) -> None:
         self.step, self.run, self.to = step, run, to
 
-    def on_before_zero_grad(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and not self.to.exists():
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step + 1 and not self.to.exists():
             shutil.copytree(self.run, self.to)
 
 
@@ -109,7 +109,8 @@ def fit(
     )
     if resume is not None:
         continue_curves(trainer.loggers, load_checked(resume)[KEY]["curves"], resume.parent.parent)
-        torch.randn(7), np.random.default_rng(0), np.random.rand(3)  # a new process is elsewhere in its numbers
+        torch.manual_seed(7)  # a new process is elsewhere in its numbers
+        np.random.seed(7)
     trainer.fit(trained, Digits(batch_size=256, val_size=600, seed=0), ckpt_path=resume)
     return trained
 
