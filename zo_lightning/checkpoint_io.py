@@ -2,13 +2,13 @@
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from lightning_fabric.plugins.io import TorchCheckpointIO
+from lightning_fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 
 
 class DamagedCheckpoint(ValueError):
@@ -39,6 +39,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         return load_checked(Path(path), map_location)
+
+
+def with_atomic_checkpoints(options: Mapping[str, Any]) -> list[Any]:
+    """The plugins among a trainer's options, and ``AtomicCheckpointIO``, unless something else writes checkpoints."""
+    plugins = options.get("plugins")
+    plugins = plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
+    shards = any(name in str(options.get("strategy")).lower() for name in ("fsdp", "deepspeed", "xla", "modelparallel"))
+    if shards or any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        return plugins
+    return [*plugins, AtomicCheckpointIO()]
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

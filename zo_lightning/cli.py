@@ -15,7 +15,6 @@ from pytorch_lightning.cli import (
     LRSchedulerCallable,
     OptimizerCallable,
 )
-from pytorch_lightning.plugins.io import CheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from zo_lightning.callbacks.exact_resume import KEY, ExactResume
@@ -23,9 +22,9 @@ from zo_lightning.callbacks.gradient_free import GradientFree, driver_of
 from zo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from zo_lightning.callbacks.predictions import WritePredictions
 from zo_lightning.callbacks.weight_similarity import check_reference
-from zo_lightning.checkpoint_io import AtomicCheckpointIO
-from zo_lightning.checkpoints import check_optimizer, check_weights, read_checkpoint
-from zo_lightning.cli_errors import UserError, innermost
+from zo_lightning.checkpoint_io import with_atomic_checkpoints
+from zo_lightning.checkpoints import check_complete, check_optimizer, check_weights, read_checkpoint
+from zo_lightning.cli_errors import DISK, UserError, innermost
 from zo_lightning.cli_parser import (
     ENVIRONMENT,
     Parser,
@@ -119,8 +118,11 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and read the checkpoint where one is named."""
-        with as_users_expect():
-            super().parse_arguments(parser, args)
+        try:
+            with as_users_expect():
+                super().parse_arguments(parser, args)
+        except OverflowError as error:
+            raise UserError(f"a number is too large: {error}") from error
         options = self.config.get(self.config.get("subcommand"), {})
         if options.get("ckpt_path") is not None and options.get("init_from") is not None:
             raise UserError("ckpt_path continues a run and init_from begins one: give one of them")
@@ -134,13 +136,19 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would put the checkpoint's own settings over those that were given."""
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"seed_everything: {error}") from error
+
     def instantiate_classes(self) -> None:
         """Make all components; a value that one of them refuses is the user's."""
         try:
             super().instantiate_classes()
             if not self.foreign:  # others may need their trainer
                 self.model.configure_optimizers()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, OverflowError, MisconfigurationException) as error:
             raise UserError(innermost(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -164,7 +172,7 @@ class CLI(LightningCLI):
             callbacks.append(WritePredictions())
         if self.foreign:
             callbacks += self._drive_foreign(given)
-        options = {**options, "callbacks": [*first, *given], "plugins": _with_atomic_checkpoints(options)}
+        options = {**options, "callbacks": [*first, *given], "plugins": with_atomic_checkpoints(options)}
         every, last = options.get("check_val_every_n_epoch"), options.get("max_epochs")
         if every and last and 0 < last < every:  # a run too short for one validation
             options = {**options, "check_val_every_n_epoch": 1}
@@ -194,10 +202,21 @@ class CLI(LightningCLI):
         if self.checkpoint is not None:
             path = self._get(self.config, "ckpt_path")
             check_weights("ckpt_path", path, self.checkpoint, self.model)
-            if self.subcommand == "fit" and not self.foreign:
-                check_optimizer(path, self.checkpoint, self.model.configure_optimizers())
+            if self.subcommand == "fit":
+                check_complete(path, self.checkpoint)
+                if not self.foreign:
+                    check_optimizer(path, self.checkpoint, self.model.configure_optimizers())
         elif self.subcommand != "fit" and self.weights is None and self._get(self.config, "ckpt_path") is None:
             print(f"zo-lightning: note: {self.subcommand} without --ckpt_path sees untrained weights", file=sys.stderr)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if not self.trainer._checkpoint_connector._loaded_checkpoint:  # all of it is in its place
+                raise
+            path = self._get(self.config_init, "ckpt_path")
+            raise UserError(f"ckpt_path '{path}' does not fit this run: {type(error).__name__}: {error}") from error
 
     def fit(self, **kwargs: Any) -> None:
         """Train, in a folder of the run's own; called by LightningCLI in place of ``Trainer.fit``."""
@@ -288,6 +307,10 @@ def main(args: list[str] | None = None) -> int:
         return _fail(error, 1)
     except SIGTERMException as stop:
         return int(stop.code or 143)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        return _fail(OSError(f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}"), 1)
     return 0
 
 
@@ -316,16 +339,6 @@ def _set_reference(trainer: Trainer, reference: str) -> None:
         raise UserError(f"reference '{reference}': no callback compares with it; add -c configs/callbacks/observe.yaml")
     for callback in comparing:
         callback.reference = callback.reference or reference
-
-
-def _with_atomic_checkpoints(options: Any) -> list[Any]:
-    """The trainer's plugins, and the one that writes checkpoints whole, where nothing else writes them."""
-    plugins = options.get("plugins")
-    plugins = plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
-    shards = any(name in str(options.get("strategy")).lower() for name in ("fsdp", "deepspeed", "xla", "modelparallel"))
-    if shards or any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-        return plugins
-    return [*plugins, AtomicCheckpointIO()]
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

@@ -1,5 +1,6 @@
 """What a user reads when the command line or a configuration is wrong."""
 
+import errno
 import inspect
 import re
 from collections.abc import Iterable
@@ -28,6 +29,11 @@ BASES: dict[str, type] = {
     "model": LightningModule,
     "callbacks": Callback,
 }
+
+
+_DISK = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "ENAMETOOLONG")
+DISK = {getattr(errno, name) for name in _DISK}
+"""What a full disk, a read-only one or a folder of somebody else's is to the system: no bug, so no traceback."""
 
 
 class UserError(Exception):

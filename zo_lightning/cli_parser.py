@@ -15,6 +15,7 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 
 from zo_lightning.cli_errors import UserError, explain_parsing
+from zo_lightning.yaml_files import read_text
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 ENVIRONMENT = "ZO_LIGHTNING"
@@ -29,6 +30,8 @@ class Parser(LightningArgumentParser):
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Parse a configuration; of several, an error names the one."""
+        if Path(cfg_path).is_file():
+            read_text(Path(cfg_path))
         try:
             return super().parse_path(cfg_path, *args, **kwargs)
         except UserError as error:
@@ -104,8 +107,8 @@ def _names_model(path: str) -> bool:
 
 def _model_of(path: str) -> Any:
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("model")
-    except (OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError):  # the parser says what is wrong
+        return yaml.safe_load(read_text(Path(path))).get("model")
+    except (UserError, AttributeError):  # the parser says what is wrong
         return None
 
 

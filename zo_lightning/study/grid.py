@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from zo_lightning.cli_errors import UserError
+from zo_lightning.yaml_files import read_text
 
 Overlay = dict[str, Any]
 
@@ -201,12 +202,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    content = yaml.load(read_text(path), _Loader)  # a SafeLoader
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, got {type(content).__name__}")
     return content
