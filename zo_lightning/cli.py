@@ -17,7 +17,7 @@ from pytorch_lightning.cli import (
 )
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from zo_lightning.callbacks.exact_resume import KEY, ExactResume
+from zo_lightning.callbacks.exact_resume import ExactResume, saved_state
 from zo_lightning.callbacks.gradient_free import GradientFree, driver_of
 from zo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from zo_lightning.callbacks.predictions import WritePredictions
@@ -223,7 +223,7 @@ class CLI(LightningCLI):
         trainer = self.trainer
         with own_folder(trainer):
             if self.checkpoint is not None and trainer.is_global_zero:
-                marks = self.checkpoint.get(KEY, {}).get("curves", [])
+                marks = saved_state(self.checkpoint).get("curves", [])
                 continue_curves(trainer.loggers, marks, Path(kwargs["ckpt_path"]).resolve().parent.parent)
             self.checkpoint = self.checkpoint and {"global_step": self.checkpoint.get("global_step", 0)}  # frees memory
             try:

@@ -8,6 +8,7 @@ import csv
 import os
 import shutil
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def _continue_events(folder: Path, earlier: Path, sizes: dict[str, int]) -> None
                 os.truncate(path, sizes[path.name])
         return
     for name, size in sizes.items():
-        if (earlier / name).is_file():
+        # Names come from a checkpoint, which may be anybody's.
+        if fnmatch(name, EVENTS) and Path(name).name == name and (earlier / name).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(earlier / name, folder / name)
             os.truncate(folder / name, min(size, (folder / name).stat().st_size))

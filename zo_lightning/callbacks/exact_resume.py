@@ -9,6 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torchmetrics import Metric
 
+from zo_lightning.cli_errors import UserError
 from zo_lightning.curves import mark
 from zo_lightning.progress import Point, go_on, settle
 from zo_lightning.random_states import random_states, set_random_states
@@ -54,7 +55,7 @@ class ExactResume(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take it up; a checkpoint of Lightning's own has nothing of it. In another folder the best ones are copied."""
-        self.loaded = dict(checkpoint.get(KEY, {}))
+        self.loaded = saved_state(checkpoint)
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
             if trainer.state.fn == "fit" and isinstance(callback, ModelCheckpoint) and state and trainer.ckpt_path:
@@ -95,6 +96,19 @@ class ExactResume(Callback):
             self.loaded = {}
 
 
+def saved_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What ``ExactResume`` has added to a checkpoint; empty where it was not there.
+
+    Raises:
+        UserError: it is malformed.
+    """
+    saved = checkpoint.get(KEY, {})
+    kinds = {"random": dict, "latest": dict, "sums": dict, "metrics": dict, "curves": list}
+    if saved and not (isinstance(saved, dict) and all(isinstance(saved.get(name), kinds[name]) for name in kinds)):
+        raise UserError(f"the checkpoint's '{KEY}' is malformed: begin with its weights alone, with --init_from")
+    return dict(saved, point=saved.get("point")) if saved else {}
+
+
 def _take_along(state: dict[str, Any], callback: ModelCheckpoint, beside: Path, writes: bool) -> None:
     """Let the state of a ``ModelCheckpoint`` name files in its new folder, and copy them there."""
     old, new = state.get("dirpath"), callback.dirpath
@@ -104,7 +118,7 @@ def _take_along(state: dict[str, Any], callback: ModelCheckpoint, beside: Path, 
     def moved(name: str) -> str:
         target = Path(new, Path(name).name)
         source = next((one for one in (Path(name), beside / target.name) if one.is_file()), None)
-        if writes and source is not None and not target.exists():
+        if writes and source is not None and source.suffix == ".ckpt" and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
         return str(target)
