@@ -72,10 +72,12 @@ def report(words: list[str], fit: Fit) -> int:
     parser = _Parser(prog="zo-lightning report", description=COMMANDS["report"].capitalize() + ".")
     parser.add_argument("folder", type=Path, help="a study's folder, such as lightning_logs/smoke")
     parser.add_argument("--output", type=Path, help="where the report is written; default: <folder>/report")
+    parser.add_argument("--trust", action="store_true", help="import the classes that the runs' configurations name")
     options = parser.parse_args(words)
     from zo_lightning.study.report import write_report
 
-    page = write_report(options.folder, options.output or options.folder / "report", fit, _say)
+    output = options.output or options.folder / "report"
+    page = write_report(options.folder, output, fit, _say, options.trust)
     print(f"The report is {page}")
     return 0
 

@@ -17,6 +17,7 @@ Overlay = dict[str, Any]
 
 _KEYS = ("name", "base", "common", "methods", "nets", "seeds", "reference", "snapshots")
 _SECTIONS = ("model", "data", "trainer", "checkpoint", "last_checkpoint", "progress_bar")
+_LONGEST = 80
 _METHOD_KEYS = ("base", "by_scale", *_SECTIONS)
 
 
@@ -86,6 +87,13 @@ class Study:
     reference: str
     snapshots: int | None = 1
     options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (*self.methods, *self.nets):
+            if len(name) > _LONGEST or not name.isprintable() or "$" in name or not name.strip():
+                raise UserError(
+                    f"'{name[:_LONGEST]}' cannot stand in a figure: take at most {_LONGEST} characters, and no '$'"
+                )
 
     def cells(self) -> list[Cell]:
         """All cells; seeds vary slowest, so that an unfinished study is a whole one with fewer seeds."""
