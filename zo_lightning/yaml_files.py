@@ -30,9 +30,7 @@ def read_text(path: Path) -> str:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     except RecursionError as error:
-        raise UserError(
-            f"{path}: an alias (*name) stands within what it names, or lists are nested too deep"
-        ) from error
+        raise UserError(f"{path}: nested too deep, or an alias (*name) stands within what it names") from error
     except (ValueError, OverflowError) as error:  # a date that does not exist, a number of thousands of digits
         raise UserError(f"{path}: {error}") from error
     return text

@@ -179,37 +179,23 @@ def chromium() -> Any:
     return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
 
 
-@pytest.mark.parametrize("key", ["net", "data", "model"])
-def test_nothing_that_a_received_folder_names_is_imported(
-    finished: Path, tmp_path: Path, monkeypatch: Any, key: str
-) -> None:
-    study = copied(finished, tmp_path)
+def test_a_received_folder_is_data_and_no_code(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Nothing that it names is imported before that is asked for, and what it is called is no markup."""
+    study, evil = copied(finished, tmp_path), "<script>alert(1)</script>"
+    text = yaml.safe_load((study / "study.yaml").read_text().replace("ZO-AdaMM", evil))
+    (study / "study.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
+    (study / "ZO-AdaMM").rename(study / "script_alert_1_script")
     (tmp_path / "theirs.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
     for config in study.rglob("config.yaml"):
         text = yaml.safe_load(config.read_text())
-        named = {"class_path": "theirs.Thing"}
-        if key == "net":
-            text["model"]["net"] = {"class_path": "torch.nn.Sequential", "init_args": {"args": ["theirs.Thing"]}}
-        else:
-            text[key] = named
-        text["trainer"]["callbacks"] = [named]
+        text["model"]["net"] = text["trainer"]["callbacks"] = {"class_path": "theirs.Thing"}
         config.write_text(yaml.safe_dump(text))
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(study)]) == 0
     assert not (tmp_path / "ran").exists()
+    page = (study / "report" / "report.html").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and evil not in page
     summary = (study / "report" / "summary.md").read_text()
     assert re.search(r"Not measured: .* names theirs\.Thing, which a report does not import .*--trust", summary)
     assert main(["report", str(study), "--trust"]) == 0
     assert (tmp_path / "ran").exists()
-
-
-def test_names_are_escaped(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    study = copied(finished, tmp_path)
-    evil = "<script>alert(1)</script>"
-    text = yaml.safe_load((study / "study.yaml").read_text().replace("ZO-AdaMM", evil))
-    (study / "study.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
-    (study / "ZO-AdaMM").rename(study / "script_alert_1_script")
-    monkeypatch.chdir(finished)
-    assert main(["report", str(study)]) == 0
-    page = (study / "report" / "report.html").read_text()
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and evil not in page
