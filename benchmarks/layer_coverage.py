@@ -7,6 +7,7 @@ transformers (small configurations); what of them no rule covers is printed, wit
 """
 
 import argparse
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ def torchvision_nets() -> Iterator[tuple[str, Callable[[], Net]]]:
     from torchvision import models
 
     def build(name: str, module: Any) -> Net:
-        size, options = 64, {}
+        size = 64
+        options: dict[str, Any] = {}
         if name.startswith("vit"):
             size = options["image_size"] = 56 if name.endswith("14") else 64
         elif name == "maxvit_t":
@@ -47,7 +49,7 @@ def torchvision_nets() -> Iterator[tuple[str, Callable[[], Net]]]:
 
 def timm_nets() -> Iterator[tuple[str, Callable[[], Net]]]:
     """The small nets for tests, one of each kind."""
-    import timm
+    timm: Any = importlib.import_module("timm")
 
     def build(name: str) -> Net:
         net: Any = timm.create_model(name, pretrained=False)
@@ -60,8 +62,7 @@ def timm_nets() -> Iterator[tuple[str, Callable[[], Net]]]:
 
 def transformers_nets() -> Iterator[tuple[str, Callable[[], Net]]]:
     """One net of each kind, with both ways to compute attention."""
-    import transformers as t
-
+    t: Any = importlib.import_module("transformers")
     t.logging.set_verbosity_error()
     ids = torch.randint(3, 50, (BATCH, 7))
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -91,7 +92,8 @@ def transformers_nets() -> Iterator[tuple[str, Callable[[], Net]]]:
     def build(kind: Any, config: Any, inputs: dict[str, Any], way: str) -> Net:
         config._attn_implementation = way
         net = kind(config)
-        return net, lambda: net(**inputs)
+        given = {name: x.to(net.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        return net, lambda: net(**given)
 
     for kind, config, inputs in nets:
         for way in ("sdpa", "eager"):
@@ -110,7 +112,7 @@ def first_tensor(output: Any) -> Tensor:
 
 
 def coverage(net: nn.Module, output: Callable[[], Any]) -> tuple[float, dict[str, str]]:
-    """The share of the weights' numbers with one direction for the whole batch, and which weights these are, and why."""
+    """The share of the weights' numbers with one direction for the whole batch, and these weights with the reason."""
     shared = PerExample(seed=0).shared_weights(lambda: first_tensor(output()).flatten(1).tanh().square().sum(1), net)
     sizes = {name: p.numel() for name, p in net.named_parameters()}
     return sum(sizes[name] for name in shared) / sum(sizes.values()), shared

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import zo_lightning as zo
 
-STEPS, SAMPLES, FEW = 200, 8, range(20)
+STEPS, SAMPLES, FEW = 100, 8, range(10)
 SPLITS = [("data", 2), ("directions", 2), ("directions", 3), ("both", 2), ("both", 3)]
 
 
@@ -70,7 +70,7 @@ def one_number(estimator: zo.GradientEstimator, loss: Any, step: int = 1) -> str
 
 def join() -> list[int]:
     """Join the group; returns a list that grows by the bytes of each tensor that this process sends."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     sent: list[int] = []
     gather, reduce = dist.all_gather, dist.all_reduce
 

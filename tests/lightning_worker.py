@@ -101,9 +101,12 @@ def sends(rank: int) -> dict[str, Any]:
         sent, module = Sent(), classifier(estimator)
         trainer(4, sent).fit(module, Digits(seed=0))
         results[name] = sent.by_step[:4], weights(module)
-    automatic = AutomaticClassifier(net(), lambda params: torch.optim.Adam(params, lr=0.02))
-    trainer(4).fit(automatic, Digits(seed=0))
-    results["automatic"] = [], weights(automatic)
+    driven = {f"GradientFree {split}": [zo.GradientFree(zeroth_order(split))] for split in ("data", "directions")}
+    for name, callbacks in {**driven, "automatic": []}.items():
+        sent = Sent()
+        automatic = AutomaticClassifier(net(), lambda params: torch.optim.Adam(params, lr=0.02))
+        trainer(4, sent, *callbacks).fit(automatic, Digits(seed=0))
+        results[name] = sent.by_step[:4], weights(automatic)
     return results
 
 

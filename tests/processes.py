@@ -15,7 +15,7 @@ _SERVER.set_forkserver_preload(
 )
 
 
-def together(folder: Path, size: int, task: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def together(folder: Path, size: int, task: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
     """What ``task(rank, *args)`` gives in each of ``size`` processes; None of one that was killed.
 
     They are in the environment that Lightning's and ``torchrun``'s launchers make, so that a ``Trainer``, a ``Fabric``

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,16 @@ def bad_files(tmp_path: Path) -> None:
         "callback_option": "trainer: {callbacks: [{class_path: WeightSnapshots, init_args: {kep: 3}}]}\n",
         "broken": "model: [1, {\n",
         "prose": "this is no configuration\n",
+        "cycle": "model: &a {net: *a}\n",
+        "aliases": "a: &a [1]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefgh")),
+        "digits": f"seed_everything: {'9' * 6000}\n",
+        "deep": "model: " + "[" * 3000,
+        "date": "model: {net: 2001-99-99}\n",
+        "code": "model: !!python/object/apply:os.system ['touch ran']\n",
     }
+    (tmp_path / "utf16.yaml").write_bytes("model: {}".encode("utf-16"))
+    (tmp_path / "latin1.yaml").write_bytes("#   caf\xe9".encode("latin-1")[1:])
     for name, text in configs.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     (tmp_path / "file").touch()
@@ -279,6 +289,9 @@ BAD_INPUTS = {
     "fit --data MNST": r"'MNST' \(did you mean MNIST\?\); there are CIFAR10, Digits, FashionMNIST, MNIST.*",
     "fit --model.estimtor Backprop": r"unknown .*--model.estimtor.* \(did you mean --model.estimator\?\)",
     "fit --model.estimator.smaples 3": r"unknown option 'smaples' \(did you mean samples\?\)",
+    "fit --data.root x": r"unknown option 'root' here \(did you mean data\.root of CIFAR10, FashionMNIST, MNIST\?\)",
+    "fit --model.estimator.lr 3": r"unknown option 'lr' here \(did you mean model\.optimizer\.lr\?\)",
+    "fit --model.estimator.mu 3": r"'mu' here \(did you mean model\.estimator\.stencil\.mu of .*\?\)",
     "train": "invalid choice: 'train' .*'fit', 'validate', 'test', 'predict'.*",
     "": r'expected "subcommand" to be one of \{fit,validate,test,predict\}, but it was not provided.*',
     # configurations
@@ -287,6 +300,16 @@ BAD_INPUTS = {
     "fit -c nowhere.yaml": "File does not exist: '.*nowhere.yaml'",
     "fit -c broken.yaml": r".*broken\.yaml.*",  # of several files, which one?
     "fit -c prose.yaml": r".*prose\.yaml.*",
+    "fit -c cycle.yaml": r"cycle\.yaml: nested too deep, or an alias \(\*name\) stands within what it names",
+    "fit -c aliases.yaml": r"aliases\.yaml: its aliases \(\*name\) stand for more than 100,000 values",
+    "fit -c utf16.yaml": r"utf16\.yaml: not text in UTF-8: byte 0 is 0xff",
+    "fit -c latin1.yaml": r"latin1\.yaml: not text in UTF-8: byte 6 is 0xe9",
+    "fit -c digits.yaml": r"digits\.yaml: Exceeds the limit .* value has 6000 digits",
+    "fit -c deep.yaml": r"deep\.yaml: nested too deep, or .*",
+    "fit -c date.yaml": r"date\.yaml: month must be in 1\.\.12",
+    "fit -c code.yaml": r"code\.yaml: not YAML: could not determine a constructor for the tag .*os\.system.*",
+    "fit --seed_everything 99999999999": "seed_everything: 99999999999 is not in bounds, .*",
+    "study -c aliases.yaml": r"aliases\.yaml: its aliases \(\*name\) stand for more than 100,000 values",
     # callbacks
     "fit --trainer.callbacks WeightSnapshts": r"unknown class 'WeightSnapshts' \(did you mean WeightSnapshots\?\).*",
     "fit -c callback_option.yaml": r"callback_option\.yaml: unknown option 'kep' \(did you mean keep\?\)",

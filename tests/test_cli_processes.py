@@ -33,7 +33,7 @@ def start(folder: Path, *words: str) -> "subprocess.Popen[str]":
 
 
 def ended(run: "subprocess.Popen[str]") -> str:
-    out, errors = run.communicate(timeout=120)
+    out, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors
     return out
 

@@ -153,6 +153,16 @@ def test_the_hash_sees_every_value_whatever_its_type() -> None:
         assert before != fingerprint(tensors)
 
 
+def test_errors_of_collectives_are_told_from_others() -> None:
+    of_gloo = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer\nException raised from ...")
+    for error in (of_gloo, torch.distributed.DistBackendError("NCCL error"), torch.distributed.DistNetworkError("")):
+        assert distributed.tells_of_loss(error)
+    for error in (RuntimeError("shapes differ"), ValueError("gloo"), zo.ProcessLost("said already: gloo")):
+        assert not distributed.tells_of_loss(error)
+    said = distributed.loss_of_process(of_gloo, 7)
+    assert said.startswith("rank 0 at step 7: another process has ended") and "Exception raised" not in said
+
+
 @pytest.mark.parametrize("wrong", [{"split": "all"}, {"check_every": 0}])
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

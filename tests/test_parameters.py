@@ -40,7 +40,7 @@ def test_a_frozen_parameter_is_left_alone_and_a_plain_tensor_named() -> None:
         (None, TypeError, "the parameters must be an nn.Module, a tensor, or tensors in lists"),
         ("weights", TypeError, "got str"),
         ([LEAF, np.zeros(2)], TypeError, "parameter 1 must be a tensor, got ndarray: torch.as_tensor makes one"),
-        ([LEAF, 1.0], TypeError, "parameter 1 must be an nn.Module, a tensor"),
+        ([LEAF, 1.0], TypeError, "parameter 1 must be a tensor, or tensors in lists and dictionaries, got float"),
         ([nn.Linear(1, 1)], TypeError, "got Linear; several modules go into an nn.ModuleList"),
     ],
 )

@@ -15,13 +15,16 @@ from pytorch_lightning.cli import (
     LRSchedulerCallable,
     OptimizerCallable,
 )
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from zo_lightning.callbacks.exact_resume import ExactResume, saved_state
 from zo_lightning.callbacks.gradient_free import GradientFree
+from zo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from zo_lightning.callbacks.predictions import WritePredictions
 from zo_lightning.callbacks.weight_similarity import check_reference
-from zo_lightning.checkpoints import check_optimizer, check_weights, read_checkpoint
-from zo_lightning.cli_errors import UserError, innermost
+from zo_lightning.checkpoint_io import with_atomic_checkpoints
+from zo_lightning.checkpoints import check_complete, check_optimizer, check_weights, read_checkpoint
+from zo_lightning.cli_errors import DISK, UserError, innermost
 from zo_lightning.cli_parser import (
     ENVIRONMENT,
     Parser,
@@ -32,6 +35,7 @@ from zo_lightning.cli_parser import (
     names_model,
     num_classes,
 )
+from zo_lightning.curves import continue_curves
 from zo_lightning.data import InMemoryDataModule
 from zo_lightning.distributed import ProcessLost, WeightsDiverged, tells_of_loss
 from zo_lightning.estimators import GradientEstimator
@@ -40,6 +44,7 @@ from zo_lightning.modules.configured import configured
 from zo_lightning.modules.driver import driver_of
 from zo_lightning.replay.command import COMMANDS as RUN_COMMANDS
 from zo_lightning.replay.command import export_command, replay_command
+from zo_lightning.runs import find_checkpoint, named_folders, own_folder, settle_in
 from zo_lightning.study.command import COMMANDS as STUDY_COMMANDS
 from zo_lightning.study.command import report, study
 from zo_lightning.study.folder import FINISHED
@@ -79,8 +84,9 @@ class CLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add a checkpoint and a progress bar that every run has, and the link from the data's classes to the model."""
+        """Add what every run has, checkpoints and a progress bar, and the link from the data's classes to the model."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(TQDMProgressBar, "progress_bar")
         parser.set_defaults(defaults(self.foreign))
         parser.add_argument(
@@ -116,16 +122,29 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and read the checkpoint where one is named."""
-        with as_users_expect():
-            super().parse_arguments(parser, args)
+        try:
+            with as_users_expect():
+                super().parse_arguments(parser, args)
+        except OverflowError as error:
+            raise UserError(f"a number is too large: {error}") from error
         options = self.config.get(self.config.get("subcommand"), {})
         if options.get("ckpt_path") is not None and options.get("init_from") is not None:
             raise UserError("ckpt_path continues a run and init_from begins one: give one of them")
+        if options.get("weights_only") is False:
+            raise UserError("weights_only false would run code that a checkpoint can hold: leave it out")
+        if options.get("checkpoint.save_last"):
+            raise UserError("checkpoint.save_last: last.ckpt is written anyway, see last_checkpoint: leave it out")
         self.checkpoint = read_checkpoint("ckpt_path", options.get("ckpt_path"))
         self.weights = read_checkpoint("init_from", options.get("init_from"))
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would put the checkpoint's own settings over those that were given."""
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"seed_everything: {error}") from error
 
     def instantiate_classes(self) -> None:
         """Make all components; a value that one of them refuses is the user's."""
@@ -133,20 +152,31 @@ class CLI(LightningCLI):
             super().instantiate_classes()
             if not self.foreign:  # others may need their trainer
                 self.model.configure_optimizers()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, OverflowError, MisconfigurationException) as error:
             raise UserError(innermost(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Leave out the checkpoint and the progress bar where the trainer's switches say so."""
+        """Leave out checkpoints and the progress bar where the trainer's switches say so."""
         options = self._get(self.config_init, "trainer", default={})
-        keys = self._parser(self.subcommand).callback_keys
-        off = {"checkpoint": "enable_checkpointing", "progress_bar": "enable_progress_bar"}
-        wanted = [key for key in keys if options.get(off[key]) is not False and not options.get("barebones")]
-        callbacks = [self._get(self.config_init, key) for key in wanted]
+        off = {
+            "checkpoint": "enable_checkpointing",
+            "last_checkpoint": "enable_checkpointing",
+            "progress_bar": "enable_progress_bar",
+        }
+        wanted = [key for key in off if options.get(off[key]) is not False and not options.get("barebones")]
+        own = {key: self._get(self.config_init, key) for key in wanted}
+        given = options.get("callbacks")
+        given = given if isinstance(given, list) else [] if given is None else [given]
+        first = [own.pop("last_checkpoint", ExactResume())] if self.subcommand == "fit" else []
+        if any(isinstance(one, ExactResume) for one in given) or options.get("barebones"):
+            first = []
+        own.pop("last_checkpoint", None)
+        callbacks = list(own.values())
         if self.subcommand == "predict":
             callbacks.append(WritePredictions())
         if self.foreign:
-            callbacks += self._drive_foreign(options.get("callbacks"))
+            callbacks += self._drive_foreign(given)
+        options = {**options, "callbacks": [*first, *given], "plugins": with_atomic_checkpoints(options)}
         every, last = options.get("check_val_every_n_epoch"), options.get("max_epochs")
         if every and last and 0 < last < every:  # a run too short for one validation
             options = {**options, "check_val_every_n_epoch": 1}
@@ -157,7 +187,7 @@ class CLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Load the data, and compare checkpoint and reference with the model, while nothing has been written."""
-        _spare_finished(self.trainer)
+        self._find_checkpoint()
         if isinstance(self.datamodule, InMemoryDataModule):
             try:
                 self.datamodule.prepare_data()
@@ -176,12 +206,59 @@ class CLI(LightningCLI):
         if self.checkpoint is not None:
             path = self._get(self.config, "ckpt_path")
             check_weights("ckpt_path", path, self.checkpoint, self.model)
-            if self.subcommand == "fit" and not self.foreign:
-                check_optimizer(path, self.checkpoint, self.model.configure_optimizers())
+            if self.subcommand == "fit":
+                check_complete(path, self.checkpoint)
+                if not self.foreign:
+                    check_optimizer(path, self.checkpoint, self.model.configure_optimizers())
         elif self.subcommand != "fit" and self.weights is None and self._get(self.config, "ckpt_path") is None:
             print(f"zo-lightning: note: {self.subcommand} without --ckpt_path sees untrained weights", file=sys.stderr)
 
-    def _drive_foreign(self, given: Any) -> list[Callback]:
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if not self.trainer._checkpoint_connector._loaded_checkpoint:  # all of it is in its place
+                raise
+            path = self._get(self.config_init, "ckpt_path")
+            raise UserError(f"ckpt_path '{path}' does not fit this run: {type(error).__name__}: {error}") from error
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, in a folder of the run's own; called by LightningCLI in place of ``Trainer.fit``."""
+        trainer = self.trainer
+        with own_folder(trainer):
+            if self.checkpoint is not None and trainer.is_global_zero:
+                marks = saved_state(self.checkpoint).get("curves", [])
+                continue_curves(trainer.loggers, marks, Path(kwargs["ckpt_path"]).resolve().parent.parent)
+            self.checkpoint = self.checkpoint and {"global_step": self.checkpoint.get("global_step", 0)}  # frees memory
+            try:
+                trainer.fit(**{**kwargs, "weights_only": True})
+            except SystemExit as stop:
+                last = next((one for one in _callbacks(trainer) if isinstance(one, LastCheckpoint)), None)
+                interrupted = isinstance(stop.__context__, KeyboardInterrupt) or (last is not None and last.interrupted)
+                if interrupted or isinstance(stop, SIGTERMException):
+                    stop.code = 130 if interrupted else 143
+                if last is not None and last.path.is_file() and trainer.is_global_zero:
+                    print(f"\nzo-lightning: stopped; to go on: --ckpt_path {last.path}", file=sys.stderr)
+                raise
+
+    def _find_checkpoint(self) -> None:
+        """Read the checkpoint that ``last`` or ``best`` stands for, and choose the run's folder."""
+        for folder in named_folders(self.trainer):
+            if (folder / FINISHED).exists():
+                raise UserError(
+                    f"'{folder}' holds a finished run of a study, which this would overwrite: "
+                    "write elsewhere with --trainer.logger true"
+                )
+        path = self._get(self.config, "ckpt_path")
+        if path in ("last", "best"):
+            path = str(find_checkpoint(self.trainer, path, to_train=self.subcommand == "fit"))
+            for config in (self.config, self.config_init):
+                config[str(self.subcommand)]["ckpt_path"] = path
+            self.checkpoint = read_checkpoint("ckpt_path", path)
+        if self.subcommand == "fit":
+            settle_in(self.trainer, None if self.checkpoint is None else Path(path))
+
+    def _drive_foreign(self, given: list[Any]) -> list[Callback]:
         """Put the optimizer in its place; return the callback that trains a module without an estimator of its own."""
         optimizer, scheduler, interval, estimator = (
             self._get(self.config_init, name) for name in ("optimizer", "lr_scheduler", "lr_interval", "estimator")
@@ -196,7 +273,6 @@ class CLI(LightningCLI):
                 name = type(self.model).__name__
                 raise UserError(f"{name} has an estimator of its own: give --model.estimator in place of --estimator")
             return []
-        given = given if isinstance(given, list) else [given]
         driven = self.subcommand != "fit" or any(isinstance(one, GradientFree) for one in given)
         return [] if driven else [GradientFree(estimator)]
 
@@ -241,6 +317,12 @@ def main(args: list[str] | None = None) -> int:
         if not tells_of_loss(error):
             raise
         return _fail(error, 1)
+    except SIGTERMException as stop:
+        return int(stop.code or 143)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        return _fail(OSError(f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}"), 1)
     return 0
 
 
@@ -270,15 +352,6 @@ def _set_reference(trainer: Trainer, reference: str) -> None:
         raise UserError(f"reference '{reference}': no callback compares with it; add -c configs/callbacks/observe.yaml")
     for callback in comparing:
         callback.reference = callback.reference or reference
-
-
-def _spare_finished(trainer: Trainer) -> None:
-    """Raise UserError where a trainer would write into a study's finished run: its configuration names its folder."""
-    if trainer.log_dir is not None and Path(trainer.log_dir, FINISHED).exists():
-        raise UserError(
-            f"'{Path(trainer.log_dir)}' holds a finished run of a study, which this would overwrite: "
-            "write elsewhere with --trainer.logger true"
-        )
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

@@ -1,6 +1,7 @@
 """What a user reads when the command line or a configuration is wrong."""
 
 import argparse
+import errno
 import inspect
 import re
 from collections.abc import Iterable
@@ -32,6 +33,22 @@ BASES: dict[str, type] = {
 }
 
 
+_DISK = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "ENAMETOOLONG")
+DISK = {getattr(errno, name) for name in _DISK}
+"""What a full disk, a read-only one or a folder of somebody else's is to the system: no bug, so no traceback."""
+
+_PLACES = {
+    "data": "data",
+    "optimizer": "model.optimizer",
+    "stencil": "model.estimator.stencil",
+    "directions": "model.estimator.directions",
+    "estimator": "model.estimator",
+    "lr_scheduler": "model.lr_scheduler",
+    "callbacks": "trainer.callbacks",
+}
+"""Where a component stands in a configuration."""
+
+
 class UserError(Exception):
     """A mistake in the command line, a configuration or the files it names: one or two lines, no traceback."""
 
@@ -56,7 +73,7 @@ def explain_parsing(message: str, parser: ArgumentParser) -> str:
         name = _find(r"class_path='[^']*?(\w+)'", message)
         return f"{key}: {name or 'it'} needs {missing}"
     if name := _find(r"^Option '([^']+)' is not accepted|NestedArg\(key='([^']+)'", message):
-        return f"unknown option '{name}'{_nearest(name, _component_options())}"
+        return f"unknown option '{name}'{_elsewhere(name) or _nearest(name, _component_options())}"
     if reason := _find(r"^\s*- (unknown option .*)$", message):  # of one class in a list, already explained
         return reason
     if name := _find(r"does not accept option '([^']+)'", message):
@@ -119,6 +136,18 @@ def _class_names(kind: str) -> list[str]:
 def _subclasses(base: type) -> list[type]:
     public = [cls for cls in base.__subclasses__() if not cls.__name__.startswith("_")]
     return [cls for cls in public if not inspect.isabstract(cls)] + [sub for cls in public for sub in _subclasses(cls)]
+
+
+def _elsewhere(name: str) -> str:
+    """Where an option of this name does exist."""
+    for kind, place in _PLACES.items():
+        having = {
+            c.__name__ for c in _subclasses(BASES[kind]) if _is_ours(c) and name in inspect.signature(c).parameters
+        }
+        if having:
+            whose = f" of {', '.join(sorted(having))}" if len(having) <= 4 else ""
+            return f" here (did you mean {place}.{name}{whose}?)"
+    return ""
 
 
 def _component_options() -> set[str]:

@@ -15,6 +15,7 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 
 from zo_lightning.cli_errors import UserError, explain_parsing
+from zo_lightning.yaml_files import read_text
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 ENVIRONMENT = "ZO_LIGHTNING"
@@ -29,6 +30,8 @@ class Parser(LightningArgumentParser):
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Parse a configuration; of several, an error names the one."""
+        if Path(cfg_path).is_file():
+            read_text(Path(cfg_path))
         try:
             return super().parse_path(cfg_path, *args, **kwargs)
         except UserError as error:
@@ -42,8 +45,12 @@ class SaveConfig(SaveConfigCallback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save without ``ckpt_path`` and ``init_from``: they say where this run came from, not what it is."""
-        if trainer.logger is None:
+        """Save without ``ckpt_path`` and ``init_from``: they say where this run came from, not what it is.
+
+        An evaluation in the folder of a run leaves that run's configuration as it is.
+        """
+        folder = trainer.log_dir  # a collective: asked on every rank
+        if trainer.logger is None or (stage != "fit" and Path(folder or ".", self.config_filename).exists()):
             return
         self.config = self.config.clone()
         for origin in ("ckpt_path", "init_from"):
@@ -100,8 +107,8 @@ def _names_model(path: str) -> bool:
 
 def _model_of(path: str) -> Any:
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8")).get("model")
-    except (OSError, yaml.YAMLError, AttributeError, UnicodeDecodeError):  # the parser says what is wrong
+        return yaml.safe_load(read_text(Path(path))).get("model")
+    except (UserError, AttributeError):  # the parser says what is wrong
         return None
 
 
@@ -118,7 +125,7 @@ def defaults(foreign: bool) -> dict[str, Any]:
             options |= {f"{section}.{name}": value for name, value in values.items()}
         else:
             options[section] = values
-    return options | {"checkpoint.save_last": True}
+    return options
 
 
 @contextmanager

@@ -96,10 +96,11 @@ def mapped(function: Callable[[str, Any], Any], parameters: Parameters, name: st
             return mapped(function, dict(items), name)
         new = [mapped(function, one, f"{prefix}{position}") for position, one in enumerate(items)]
         return tuple(new) if isinstance(parameters, tuple) else new
-    where = f"parameter {name}" if name else "the parameters"
+    where, may_be = (f"parameter {name}", "a tensor") if name else ("the parameters", "an nn.Module, a tensor")
     hint = "; several modules go into an nn.ModuleList" if isinstance(parameters, nn.Module) else ""
-    kind = type(parameters).__name__
-    raise TypeError(f"{where} must be an nn.Module, a tensor, or tensors in lists and dictionaries, got {kind}{hint}")
+    raise TypeError(
+        f"{where} must be {may_be}, or tensors in lists and dictionaries, got {type(parameters).__name__}{hint}"
+    )
 
 
 def _is_named(item: Any) -> bool:

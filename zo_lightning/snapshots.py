@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -40,6 +41,19 @@ class Snapshot:
         try:
             with safe_open(self.path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+        except SafetensorError as error:
+            raise ValueError(f"snapshot '{self.path}': {error}") from error
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Empty tensors of the weights' shapes, which the head of the file says: a file cut short is noticed.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in list(file.keys())}
+                return {name: torch.empty(one.get_shape(), device="meta") for name, one in slices.items()}
         except SafetensorError as error:
             raise ValueError(f"snapshot '{self.path}': {error}") from error
 
@@ -125,5 +139,5 @@ def check_empty(folder: Path) -> None:
 
 def _in(folder: Path) -> list[Snapshot]:
     names = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("*.safetensors")]
-    found = [Snapshot(path, int(m[3]), int(m[1]), bool(m[2])) for path, m in names if m]
+    found = [Snapshot(path, int(m[3]), int(m[1]), bool(m[2])) for path, m in names if m and path.is_file()]
     return sorted(found, key=lambda snapshot: snapshot.step)

@@ -1,14 +1,16 @@
+import os
+import shutil
 from pathlib import Path
-
 from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from tests.callbacks.runs import Linear, batches, classifier, first_order, net, scalars, trainer, weights
-from zo_lightning.callbacks import WeightSimilarity, WeightSnapshots
+from zo_lightning.callbacks import FilterProjection, WeightSimilarity, WeightSnapshots
 from zo_lightning.measures import cosine, l2_distance
 from zo_lightning.snapshots import read_snapshots, write_snapshot
 
@@ -111,3 +113,29 @@ def test_weights_that_are_not_finite_stop_nothing(reference: Path, tmp_path: Pat
     logged = scalars(tmp_path)
     assert [step for step, _ in logged["to_reference/matched/net.3.weight"]] == [0, 6, 12]
     assert "to_reference/matched/net.0.weight" not in logged
+
+
+def test_a_damaged_snapshot_is_found_before_training(reference: Path, tmp_path: Path) -> None:
+    """Not at the epoch that would compare with it, hours later; a pipe of such a name is none."""
+    shutil.copytree(reference, tmp_path / "other")
+    last = read_snapshots(tmp_path / "other")[-1].path
+    os.mkfifo(last.with_name("epoch=00009-step=000000099.safetensors"))
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.raises(MisconfigurationException, match=f"reference: snapshot '{last}'"):
+        trainer(tmp_path / "run", WeightSimilarity(str(tmp_path / "other"))).fit(classifier(), batches())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_snapshot_that_is_damaged_while_training_stops_nothing(reference: Path, tmp_path: Path) -> None:
+    shutil.copytree(reference, tmp_path / "other")
+    last = read_snapshots(tmp_path / "other")[-1].path
+
+    class Damages(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            last.write_bytes(b"")
+
+    callbacks = WeightSimilarity(str(tmp_path / "other")), FilterProjection(str(tmp_path / "other"))
+    with pytest.warns(UserWarning, match="snapshot") as said:
+        trainer(tmp_path, Damages(), *callbacks).fit(classifier(), batches())
+    assert {"reference: snap", "FilterProjectio"} <= {str(warning.message)[:15] for warning in said}
+    assert [step for step, _ in scalars(tmp_path)["to_reference/cosine/all"]] == [0, 6]

@@ -1,11 +1,15 @@
 """Exact slopes: through attention, in modules with two names, counted as what they cost."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zo_lightning import Backprop, ForwardGradient, Objective, Rademacher, ZerothOrder
+from zo_lightning.perturbed.weights import Weights
 
 
 def attention() -> tuple[nn.Module, Tensor]:
@@ -13,19 +17,55 @@ def attention() -> tuple[nn.Module, Tensor]:
     return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), torch.randn(3, 5, 8)
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_the_slope_through_attention_is_that_of_backpropagation(train: bool) -> None:
-    net, x = attention()
-    net.train(train).double()
-    x = x.double()
-    Backprop().backward(lambda: net(x).square().mean(), net, 0)
-    gradient = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+def assert_slope(net: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """The slope along a direction is the product of it and backpropagation's gradient."""
     net.zero_grad()
-    ForwardGradient(Rademacher(), seed=0).backward(lambda: net(x).square().mean(), net, 0)
-    u = Rademacher().draw(list(net.parameters()), 0, 0, 0).tensors()
-    slope = sum(float((gradient[name] * t).sum()) for (name, _), t in zip(net.named_parameters(), u, strict=True))
-    for p, t in zip(net.parameters(), u, strict=True):
+    Backprop().backward(loss, net, 0)
+    gradient = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+    net.zero_grad()
+    ForwardGradient(Rademacher(), seed=0).backward(loss, net, 0)
+    weights = Weights.of(net)
+    u = Rademacher().draw(weights.params, 0, 0, 0, weights.still).tensors()
+    slope = sum(float((gradient[name] * t).sum()) for name, t in zip(weights.names, u, strict=True))
+    for p, t in zip(weights, u, strict=True):
         assert p.grad is not None and torch.allclose(p.grad, slope * t, rtol=1e-9)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", ["layer", "examples second", "encoder", "padding", "with weights", "without weights"])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor:UserWarning")
+def test_the_slope_through_attention_is_that_of_backpropagation(train: bool, kind: str) -> None:
+    """Also in evaluation, where PyTorch has a fast path."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=kind != "examples second")
+    encoder, attends = nn.TransformerEncoder(layer, 2), nn.MultiheadAttention(8, 2, batch_first=True)
+    padding = torch.tensor([[False] * 4 + [True]] * 3)
+    for net in (layer, encoder, attends):
+        net.train(train).double()
+    losses: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {
+        "layer": (layer, lambda: layer(x)),
+        "examples second": (layer, lambda: layer(x)),
+        "encoder": (encoder, lambda: encoder(x)),
+        "padding": (encoder, lambda: encoder(x, src_key_padding_mask=padding)[:, :4]),
+        "with weights": (attends, lambda: attends(x, x, x)[0]),
+        "without weights": (attends, lambda: attends(x, x, x, need_weights=False)[0]),
+    }
+    net, output = losses[kind]
+    assert_slope(net, lambda: output().square().mean())
+
+
+@pytest.mark.parametrize("way", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["Bert", "GPT2"])
+def test_the_slope_through_the_attention_of_transformers(name: str, way: str) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    words = {"vocab_size": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attn_implementation": way}
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = getattr(transformers, f"{name}Config")(**sizes, **words)
+    net = getattr(transformers, f"{name}Model")(config).double().eval()
+    ids = torch.randint(3, 16, (3, 5))
+    assert_slope(net, lambda: net(input_ids=ids).last_hidden_state.square().mean())
 
 
 def test_a_direction_counts_two_passes() -> None:

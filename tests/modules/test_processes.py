@@ -46,6 +46,13 @@ def test_estimates_without_slopes_send_what_backpropagation_sends(sends: list[An
         assert [step["allreduce_"] for step in result["PerExample"][0]] == 4 * [4 * D + 4]  # and the loss
 
 
+@pytest.mark.parametrize("split", ["data", "directions"])
+def test_the_callback_sends_and_trains_as_the_mixin(sends: list[Any], split: str) -> None:
+    for result in sends:
+        assert result[f"GradientFree {split}"][0] == result[split][0]
+        assert same(result[f"GradientFree {split}"][1], result[split][1])
+
+
 @pytest.mark.parametrize("name", ["data", "directions", "both", "PerExample", "Backprop"])
 def test_ranks_end_with_equal_weights(sends: list[Any], name: str) -> None:
     first, second = (worker.trained(result[name][1]) for result in sends)

@@ -113,3 +113,12 @@ def test_first_difference_names_the_key() -> None:
 def test_slug_is_safe_as_a_folder() -> None:
     assert slug("ZO-AdaMM, q = 4/µ") == "ZO-AdaMM_q_4"
     assert slug("..") == "_"
+
+
+@pytest.mark.parametrize("name", [r"a $\frac{$", "x" * 300, "two\nlines", " "])
+def test_names_that_no_figure_or_folder_can_bear(tmp_path: Path, name: str) -> None:
+    """They are refused before anything is trained, not when it is drawn."""
+    text = {"methods": {name: {"model": {"estimator": "Backprop"}}}, "nets": {"SmallCNN": None}, "seeds": [1]}
+    (tmp_path / "named.yaml").write_text(yaml.safe_dump(text))
+    with pytest.raises(UserError, match="cannot stand in a figure: take at most 80 characters, and no '\\$'"):
+        read_study(tmp_path / "named.yaml")

@@ -177,3 +177,25 @@ def chromium() -> Any:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+
+
+def test_a_received_folder_is_data_and_no_code(finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Nothing that it names is imported before that is asked for, and what it is called is no markup."""
+    study, evil = copied(finished, tmp_path), "<script>alert(1)</script>"
+    text = yaml.safe_load((study / "study.yaml").read_text().replace("ZO-AdaMM", evil))
+    (study / "study.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
+    (study / "ZO-AdaMM").rename(study / "script_alert_1_script")
+    (tmp_path / "theirs.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    for config in study.rglob("config.yaml"):
+        text = yaml.safe_load(config.read_text())
+        text["model"]["net"] = text["trainer"]["callbacks"] = {"class_path": "theirs.Thing"}
+        config.write_text(yaml.safe_dump(text))
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(study)]) == 0
+    assert not (tmp_path / "ran").exists()
+    page = (study / "report" / "report.html").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and evil not in page
+    summary = (study / "report" / "summary.md").read_text()
+    assert re.search(r"Not measured: .* names theirs\.Thing, which a report does not import .*--trust", summary)
+    assert main(["report", str(study), "--trust"]) == 0
+    assert (tmp_path / "ran").exists()

@@ -110,20 +110,24 @@ class FilterProjection(Callback):
         if self.reference is not None:
             runs["reference"] = Path(self.reference)
         try:
-            histories = {run: read_snapshots(folder) for run, folder in runs.items()}
-        except FileNotFoundError as error:  # the run was too short, or the reference is gone
+            paths = self._paths(runs, layers)
+        except (OSError, ValueError) as error:  # the run was too short, or the reference is gone
             say_once(f"FilterProjection draws nothing: {error}")
             return
+        for name in layers:
+            log_figure(trainer, f"filter_projection/{name}", trajectories_figure(name, paths[name]))
+            if projector:
+                _write_projector(trainer, name, paths[name])
+
+    def _paths(self, runs: dict[str, Path], layers: dict[str, Tensor]) -> dict[str, list[Trajectory]]:
+        histories = {run: read_snapshots(folder) for run, folder in runs.items()}
         filters = max(min(len(weight), self.max_filters) for weight in layers.values()) * len(runs)
         paths: dict[str, list[Trajectory]] = {name: [] for name in layers}
         for run, snapshots in histories.items():
             history = ((shot.epoch, shot.load(layers)) for shot in self._thinned(snapshots, filters))
             for name, path in trajectories(run, history, self.max_filters).items():
                 paths[name].append(path)
-        for name in layers:
-            log_figure(trainer, f"filter_projection/{name}", trajectories_figure(name, paths[name]))
-            if projector:
-                _write_projector(trainer, name, paths[name])
+        return paths
 
     def _layers(self, module: LightningModule) -> dict[str, Tensor]:
         found = filters_of(module)

@@ -12,7 +12,7 @@ from zo_lightning.estimators import GradientEstimator, ZerothOrder
 from zo_lightning.modules import EstimatedGradient
 from zo_lightning.modules.driver import Driver
 from zo_lightning.modules.memory import Memory
-from zo_lightning.modules.processes import check_samplers
+from zo_lightning.modules.processes import check_samplers, splits_data
 from zo_lightning.modules.refusals import expect_one_optimizer
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.state import State
@@ -65,6 +65,11 @@ class GradientFree(Callback):
         self._module: Callable[[], LightningModule | None] = lambda: None
         self._own_step: Callable[..., Any] | None = None
         self._before: dict[str, Any] = {}  # what the module object itself had, beside its class
+
+    @property
+    def splits_data(self) -> bool:
+        """Whether each of several processes must be given a batch of its own."""
+        return splits_data(self.estimator)
 
     @property
     def estimator_state(self) -> State:

@@ -78,12 +78,16 @@ class WeightSimilarity(Callback):
         values = _compared("to_start", weights, self._start) if epoch else {}
         if self.reference is not None:
             snapshot = snapshots_by_epoch(self.reference).get(epoch)
-            if snapshot is None:  # not even where it was there in setup: that is no reason to stop a run
+            try:  # what was whole in setup may be gone by now: that is no reason to stop a run
+                other = None if snapshot is None else snapshot.load(weights)
+            except (OSError, ValueError) as error:
+                say_once(f"reference: {error}")
+                other = None
+            if other is None:
                 say_once(
                     f"reference '{self.reference}' has no snapshot of epoch {epoch}: nothing to compare with there"
                 )
             else:
-                other = snapshot.load()
                 values |= _compared("to_reference", weights, other)
                 values |= self._matched(weights, other)
         log_scalars(trainer, values)
@@ -97,13 +101,15 @@ class WeightSimilarity(Callback):
 
 
 def check_reference(reference: str | Path, weights: Tensors) -> None:
-    """Raise MisconfigurationException unless a run has snapshots of weights of these names and shapes."""
+    """Raise MisconfigurationException unless all snapshots of a run are whole, and of weights like these."""
     try:
-        other = read_snapshots(reference)[0].load()
-    except (FileNotFoundError, ValueError) as error:
+        snapshots = read_snapshots(reference)
+        shapes = [snapshot.shapes() for snapshot in snapshots]
+    except (OSError, ValueError) as error:
         raise MisconfigurationException(f"reference: {error}") from error
-    if difference := mismatch(weights, other, ("this run", "the reference")):
-        raise MisconfigurationException(f"reference '{reference}' is of another net: {difference}")
+    for other in shapes:
+        if difference := mismatch(weights, other, ("this run", "the reference")):
+            raise MisconfigurationException(f"reference '{reference}' is of another net: {difference}")
 
 
 def _compared(prefix: str, a: Tensors, b: Tensors) -> dict[str, float]:

@@ -108,7 +108,10 @@ class InMemoryDataModule(LightningDataModule, ABC):
         return TensorBatches(*self._subset(name), self.batch_size, rank=rank, world_size=world_size)
 
     def _rank_and_world_size(self) -> tuple[int, int]:
-        if self.trainer is None or not getattr(self.trainer.lightning_module, "splits_data", True):
+        if self.trainer is None:
+            return 0, 1
+        trained_by = self.trainer.lightning_module, *self.trainer.callbacks  # type: ignore[attr-defined]
+        if not all(getattr(one, "splits_data", True) for one in trained_by):
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 

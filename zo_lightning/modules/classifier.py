@@ -89,6 +89,15 @@ class AutomaticClassifier(LightningModule):
             self.log("train/loss_epoch", self._loss_sum / self._examples, **of_all_ranks(self._examples))
         self._loss_sum, self._examples = 0.0, 0
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the sum behind the epoch's mean loss: a run may go on within an epoch."""
+        checkpoint["epoch_loss"] = {"sum": self._loss_sum, "examples": self._examples}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load that sum."""
+        saved = checkpoint.get("epoch_loss", {"sum": 0.0, "examples": 0})
+        self._loss_sum, self._examples = saved["sum"], saved["examples"]
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log loss and accuracy over the validation set."""
         self._evaluate(batch, "val", self.val_acc)

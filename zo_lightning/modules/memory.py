@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.nn.parameter import is_lazy
 
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.optim import is_separable
@@ -42,7 +43,8 @@ def chooses_lean(memory: Memory, trainer: Any, module: Any, estimator: GradientE
         return False
     against = _against(trainer, module, estimator)
     if memory == "auto":
-        return not against and sum(p.numel() for p in module.parameters() if p.requires_grad) >= _LARGE
+        trained = [p for p in module.parameters() if p.requires_grad and not is_lazy(p)]
+        return not against and sum(p.numel() for p in trained) >= _LARGE
     if against:
         raise MisconfigurationException(f"memory='lean': {'; '.join(against)}. Take memory='full'")
     return True

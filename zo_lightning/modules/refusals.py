@@ -29,7 +29,7 @@ def check_module(module: LightningModule, training_step: Callable[..., Any]) -> 
 
 
 def expect_one_optimizer(module: LightningModule) -> None:
-    """Let the next call of ``configure_optimizers`` refuse several, which Lightning sends to manual optimization.
+    """Let the next call of ``configure_optimizers`` refuse none, and several, which Lightning leaves to the module.
 
     Raises:
         MisconfigurationException: in that call.
@@ -43,6 +43,10 @@ def expect_one_optimizer(module: LightningModule) -> None:
             vars(module)["configure_optimizers"] = in_place
         configured: Any = own()
         optimizers = configured[0] if _is_pair_of_lists(configured) else configured
+        if optimizers is None or optimizers == []:
+            raise MisconfigurationException(
+                f"{type(module).__name__}.configure_optimizers gave no optimizer: nothing would be trained"
+            )
         if isinstance(optimizers, list | tuple) and len(optimizers) > 1 and module.automatic_optimization:
             raise MisconfigurationException(
                 f"an estimator trains by one optimizer, {type(module).__name__}.configure_optimizers gave "

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 import zo_lightning.estimators as estimators
 from zo_lightning.estimators import GradientEstimator
@@ -75,6 +76,8 @@ class Start:
         if optimizer.state:
             raise CannotReplay(f"{name} has stepped already")
         weights = Weights.of(module)
+        if any(map(is_lazy, weights)):
+            raise CannotReplay("some weights get their shapes with the first pass")
         names = {id(p): n for n, p in zip(weights.names, weights, strict=True)}
         groups = [
             {

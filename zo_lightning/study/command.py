@@ -67,10 +67,12 @@ def report(words: list[str], fit: Fit) -> int:
     parser = CommandParser(prog="zo-lightning report", description=COMMANDS["report"].capitalize() + ".")
     parser.add_argument("folder", type=Path, help="a study's folder, such as lightning_logs/smoke")
     parser.add_argument("--output", type=Path, help="where the report is written; default: <folder>/report")
+    parser.add_argument("--trust", action="store_true", help="import the classes that the runs' configurations name")
     options = parser.parse_args(words)
     from zo_lightning.study.report import write_report
 
-    page = write_report(options.folder, options.output or options.folder / "report", fit, _say)
+    output = options.output or options.folder / "report"
+    page = write_report(options.folder, output, fit, _say, options.trust)
     print(f"The report is {page}")
     return 0
 
@@ -104,7 +106,7 @@ def _positive(word: str) -> int:
 
 
 def _fit_options(words: list[str]) -> tuple[str, ...]:
-    sections = ("--model", "--data", "--trainer", "--checkpoint", "--progress_bar")
+    sections = ("--model", "--data", "--trainer", "--checkpoint", "--last_checkpoint", "--progress_bar")
     for position, word in enumerate(words):
         is_value = position > 0 and words[position - 1].startswith("--") and "=" not in words[position - 1]
         if not (word.split("=")[0].split(".")[0] in sections or (is_value and not word.startswith("--"))):

@@ -1,15 +1,15 @@
 """A study's folder: whose it is, which of its runs are complete, and files that are written whole or not at all."""
 
 import contextlib
-import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 import yaml
 
 from zo_lightning.cli_errors import UserError
+from zo_lightning.locks import locked
 from zo_lightning.study.grid import Cell, Study, first_difference, read_yaml
 
 DECLARATION = "study.yaml"
@@ -78,17 +78,6 @@ def running(folder: Path) -> contextlib.AbstractContextManager[None]:
         UserError: another process does.
     """
     return locked(folder / ".lock", f"another process is running the study in '{folder}'")
-
-
-@contextlib.contextmanager
-def locked(path: Path, refusal: str | None = None) -> Iterator[None]:
-    """Hold a file's lock, which the system gives back however the process ends. Wait for it, or refuse."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-        except BlockingIOError as error:
-            raise UserError(refusal or "") from error
-        yield
 
 
 def sync_metrics(path: Path) -> None:

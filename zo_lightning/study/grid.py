@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 
 from zo_lightning.cli_errors import UserError
+from zo_lightning.yaml_files import read_text
 
 Overlay = dict[str, Any]
 
 _KEYS = ("name", "base", "common", "methods", "nets", "seeds", "reference", "snapshots")
-_SECTIONS = ("model", "data", "trainer", "checkpoint", "progress_bar")
+_SECTIONS = ("model", "data", "trainer", "checkpoint", "last_checkpoint", "progress_bar")
+_LONGEST = 80
 _METHOD_KEYS = ("base", "by_scale", *_SECTIONS)
 
 
@@ -85,6 +87,13 @@ class Study:
     reference: str
     snapshots: int | None = 1
     options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (*self.methods, *self.nets):
+            if len(name) > _LONGEST or not name.isprintable() or "$" in name or not name.strip():
+                raise UserError(
+                    f"'{name[:_LONGEST]}' cannot stand in a figure: take at most {_LONGEST} characters, and no '$'"
+                )
 
     def cells(self) -> list[Cell]:
         """All cells; seeds vary slowest, so that an unfinished study is a whole one with fewer seeds."""
@@ -201,12 +210,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    content = yaml.load(read_text(path), _Loader)  # a SafeLoader
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, got {type(content).__name__}")
     return content

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zo_lightning.cli_errors import UserError
+from zo_lightning.study.grid import read_yaml
 from zo_lightning.study.results import Results
 from zo_lightning.study.runs import Fit, printing_to
 from zo_lightning.study.weights import Progress, pairs
@@ -64,7 +67,7 @@ def sharpness(
 
 
 def measure_minima(
-    results: Results, build: Fit, progress: Progress = lambda what: None
+    results: Results, build: Fit, progress: Progress = lambda what: None, trusted: bool = False
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Evaluate the last weights of every finished cell: the tables of `LINE` and of `SHARPNESS`.
 
@@ -75,9 +78,10 @@ def measure_minima(
         results: of the study.
         build: makes model and data from a configuration, and trains nothing: it is asked for 0 epochs.
         progress: told what is being done.
+        trusted: whether classes are imported that are neither ours nor PyTorch's.
 
     Raises:
-        UserError: the data cannot be read; nothing is downloaded.
+        UserError: the data cannot be read, and nothing is downloaded; or the runs name other classes.
     """
     lines, around = [], []
     partners = {ref.folder: [cell for cell, r in pairs(results) if r == ref] for _, ref in pairs(results)}
@@ -94,7 +98,7 @@ def measure_minima(
                 continue
             if evaluate is None:
                 progress(f"minimum of {one}")
-                evaluate = _evaluation(results.folder / one.folder, build)
+                evaluate = _evaluation(results.folder / one.folder, build, trusted)
             weights[one] = saved
             key = (one.method, one.net, results.nets[one.net], one.seed)
             around.append((*key, *sharpness(saved, evaluate)))
@@ -115,15 +119,50 @@ def _last_weights(run: Path) -> Weights | None:
         return None
 
 
-def _evaluation(run: Path, build: Fit) -> Evaluate:
-    data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
+def _evaluation(run: Path, build: Fit, trusted: bool) -> Evaluate:
+    config = read_yaml(run / "config.yaml")
+    data = config.get("data")
+    data = data if isinstance(data, dict) else {"class_path": data}
+    if not trusted:
+        config = _without_code(config, data, run)
     offline = ["--data.download", "false"] if "download" in (data.get("init_args") or {}) else []
     silent = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.callbacks", "null"]
-    with printing_to(io.StringIO()):
-        trainer = build(["-c", str(run / "config.yaml"), "--trainer.max_epochs", "0", *offline, *silent])
+    with TemporaryDirectory() as folder, printing_to(io.StringIO()):
+        file = Path(folder, "config.yaml")
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        trainer = build(["-c", str(file), "--trainer.max_epochs", "0", *offline, *silent])
     module = trainer.lightning_module.eval()
     images, labels = _examples(trainer.datamodule.train_dataloader())
     return lambda weights: _evaluate(module, weights, images, labels)
+
+
+def _without_code(config: dict[str, Any], data: dict[str, Any], run: Path) -> dict[str, Any]:
+    """The net and the data of a configuration, whose classes are ours or PyTorch's: naming others imports them.
+
+    Raises:
+        UserError: they are not.
+    """
+    model = config.get("model")
+    net = model.get("net") if isinstance(model, dict) else None
+    foreign = [name for name in _dotted(net) if not name.startswith(("zo_lightning.", "torch.nn."))]
+    if net is None or isinstance(model, dict) and "class_path" in model:
+        foreign.append(str(model.get("class_path")) if isinstance(model, dict) else str(model))
+    foreign += [name for name in _dotted(data.get("class_path")) if not name.startswith("zo_lightning.data.")]
+    if foreign:
+        raise UserError(
+            f"'{run / 'config.yaml'}' names {foreign[0]}, which a report does not import unless it is told to: add "
+            "--trust where the code is yours"
+        )
+    model = {"net": net, "estimator": "zo_lightning.Backprop"}
+    return {"seed_everything": config.get("seed_everything"), "model": model, "data": data}
+
+
+def _dotted(value: Any) -> Iterator[str]:
+    """All texts in a configuration that could name something to import."""
+    if isinstance(value, str) and "." in value:
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _dotted(one)
 
 
 @torch.no_grad()

@@ -23,11 +23,14 @@ from zo_lightning.study.weights import Progress, similarity
 PAGE = "report.html"
 
 
-def write_report(folder: Path, output: Path, build: Fit, progress: Progress = lambda what: None) -> Path:
+def write_report(
+    folder: Path, output: Path, build: Fit, progress: Progress = lambda what: None, trusted: bool = False
+) -> Path:
     """Write ``report.html`` (one self-contained file), figures as PNG and SVG, ``results.csv`` and ``summary.md``.
 
     The key figures go to TensorBoard as well. Nothing is trained; ``build`` makes the nets and the data of which the
-    loss is evaluated. What is missing in an unfinished study is named, and the rest is drawn.
+    loss is evaluated, where their classes are ours or PyTorch's, or ``trusted``. What is missing in an unfinished study
+    is named, and the rest is drawn.
 
     Returns:
         The page.
@@ -39,8 +42,8 @@ def write_report(folder: Path, output: Path, build: Fit, progress: Progress = la
     _claim(output)
     similar = similarity(results, progress)
     try:
-        (line, around), unmeasured = measure_minima(results, build, progress), ""
-    except UserError as error:  # the runs' data are gone; the rest needs none
+        (line, around), unmeasured = measure_minima(results, build, progress, trusted), ""
+    except UserError as error:  # the runs' data are gone, or their code is not to be run; the rest needs neither
         line, around, unmeasured = pd.DataFrame(columns=list(LINE)), pd.DataFrame(columns=list(SHARPNESS)), str(error)
     table = final_table(results)
     sections = [*sections_of(results, similar), minima_section(results, line, around, unmeasured)]

@@ -16,12 +16,12 @@ from typing import IO, Any
 
 import yaml
 
+from zo_lightning.locks import locked
 from zo_lightning.study.backends import Backend, Parallel, engine, worker_died
 from zo_lightning.study.folder import (
     FINISHED,
     METRICS,
     is_finished,
-    locked,
     running,
     seconds_of,
     sync_metrics,
@@ -172,7 +172,8 @@ def own_overlay(run: Path, cell: Cell, snapshots: int | None) -> Overlay:
             "enable_progress_bar": False,
             "enable_model_summary": False,
         },
-        "checkpoint": {"monitor": None, "save_top_k": 0, "save_last": True, "save_weights_only": True},
+        "checkpoint": {"monitor": None, "save_top_k": 0},
+        "last_checkpoint": {"every_seconds": None, "weights_only": True},
     }
 
 
