@@ -152,7 +152,13 @@ class DisplacedOutputs(DisplacedWeights):
             return self._dropped(func, args, kwargs)
         constant = self._constants.hold(func, given)
         use = None
-        if not any(id(t) in self.ruled or id(t) in self._made for t in given):
+        if kwargs.get("out") is not None:  # no gradient goes through it in PyTorch either: a spectral norm's iteration
+            output = super().run(func, args, kwargs)
+            for tensor in tensors_in((output,)):
+                self._made.pop(id(tensor), None)
+                if not constant:
+                    self._constants.drop(tensor)
+        elif not any(id(t) in self.ruled or id(t) in self._made for t in given):
             output = self._gate(func, args, kwargs)
             self.events += any(id(t) in self.positions for t in given)
         else:
