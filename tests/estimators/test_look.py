@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.perturbed.exact import assert_exact, look
-from zo_lightning import PerExample
+from zo_lightning import CentralDifference, PerExample
 from zo_lightning.estimators.per_example import look as looks
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.layouts import FIRST, Layout
@@ -117,3 +117,62 @@ def test_one_look_is_enough_where_shapes_tell() -> None:
         with objective.guard():
             looks.Look(objective, net, Weights.of(net), 0, lambda name: "auto", False).take(looks.PerExampleState())
         assert objective.forward_passes == passes
+
+
+class Hidden(nn.Module):
+    """A layer in NumPy, whose weight no function of PyTorch uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.odd = nn.Linear(E, 3), nn.Parameter(torch.randn(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self.inner(x).tanh().detach().numpy() @ self.odd.detach().numpy())
+
+
+def test_a_use_that_nothing_shows_is_found() -> None:
+    torch.manual_seed(0)
+    net, x = Hidden().double(), tensor(B, E)
+    net.inner.requires_grad_(False)  # whose noise would only be in the way
+
+    def losses() -> Tensor:
+        return net(x).square().sum(1)
+
+    estimator = PerExample(CentralDifference(1e-5), correction=1.0, seed=0)
+    assert estimator.shared_weights(losses, net) == {"odd": "code that is not PyTorch's reads it"}
+    exact = 2 * net.inner(x).tanh().T @ (net.inner(x).tanh() @ net.odd) / B
+    state, draws = estimator.init(net), []
+    for step in range(400):
+        net.zero_grad()
+        before = net.odd.detach().clone()
+        estimator.backward(losses, net, step, state)
+        assert torch.equal(net.odd, before)
+        draws.append(net.odd.grad)
+    mean, error = torch.stack(draws).mean(0), torch.stack(draws).std(0) / 20
+    assert bool(((mean - exact).abs() < 5 * error).all())
+    assert error.norm() < exact.norm(), "or the test could not fail"
+
+
+def test_a_weight_without_a_use_is_not_shared() -> None:
+    net = nn.ModuleList([mlp(), nn.Linear(2, 2)])
+    assert not look(net, lambda: net[0](tensor(B, E)).square().sum(1)).shared
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_first_batch_of_one_example_is_looked_at_again(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(E, 2, 8, dropout=0.0, batch_first=batch_first, dtype=torch.float64)
+    estimator, x = PerExample(feedback=0, seed=0), tensor(B, T, E)
+    state, fresh = estimator.init(net), estimator.init(net)
+    for step, (n, of) in enumerate([(1, state), (1, state), (B, state), (B, fresh), (1, state)]):
+
+        def losses(n: int = n) -> Tensor:
+            z = x[:n] if batch_first else x[:n].transpose(0, 1)
+            return (net(z) if batch_first else net(z).transpose(0, 1)).square().sum((1, 2))
+
+        net.zero_grad()
+        estimator.backward(losses, net, step, of)
+        assert not of.shared
+        if n == B:
+            assert not of.alone
+    assert {key: one.layout for key, one in state.layers.items()} == {key: o.layout for key, o in fresh.layers.items()}

@@ -33,6 +33,8 @@ class Layout(NamedTuple):
 
     def restore(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of ``rows``, for a tensor of some shape."""
+        if self == FIRST:
+            return rows.view(shape)
         examples, size = len(rows), shape[self.axis]
         before, after = shape[: self.axis], shape[self.axis + 1 :]
         if size == examples:

@@ -89,6 +89,7 @@ class DisplacedOutputs(DisplacedWeights):
         statistics: of batch normalisations, by key, from the step's first pass; the first pass fills it.
         shared: positions of weights that are displaced themselves, for all examples alike.
         value: what the uses of these see.
+        in_place: positions of those among them that are moved themselves, since no use shows.
         before_write: as for ``DisplacedWeights``.
         gates: by key of a use, what hides its output, where that is wanted.
         buffers: whether no example enters the module's buffers.
@@ -108,12 +109,13 @@ class DisplacedOutputs(DisplacedWeights):
         statistics: dict[str, tuple[Tensor, Tensor]] | None = None,
         shared: Collection[int] = (),
         value: Value | None = None,
+        in_place: Collection[int] = (),
         before_write: Callable[[Tensor], None] | None = None,
         gates: Mapping[str, Gate] | None = None,
         buffers: bool = True,
     ) -> None:
         moved = weights.__getitem__ if value is None else lambda k: value(k) if k in shared else weights[k]
-        super().__init__(weights, moved, weights.opaque if value is not None else (), before_write)
+        super().__init__(weights, moved, in_place, before_write)
         self.module, self.displacement, self.offset = module, displacement, offset
         self.gates = gates or {}
         self.statistics = {} if statistics is None else statistics
@@ -150,7 +152,13 @@ class DisplacedOutputs(DisplacedWeights):
             return self._dropped(func, args, kwargs)
         constant = self._constants.hold(func, given)
         use = None
-        if not any(id(t) in self.ruled or id(t) in self._made for t in given):
+        if kwargs.get("out") is not None:  # no gradient goes through it in PyTorch either: a spectral norm's iteration
+            output = super().run(func, args, kwargs)
+            for tensor in tensors_in((output,)):
+                self._made.pop(id(tensor), None)
+                if not constant:
+                    self._constants.drop(tensor)
+        elif not any(id(t) in self.ruled or id(t) in self._made for t in given):
             output = self._gate(func, args, kwargs)
             self.events += any(id(t) in self.positions for t in given)
         else:

@@ -70,7 +70,8 @@ def _layers(
             w_ih, w_hh, *rest = weights[k * each : (k + 1) * each]
             b_ih, b_hh = rest[:2] if has_biases else (None, None)
             projection = rest[-1] if len(rest) % 2 else None
-            of_input, state = F.linear(x, w_ih, b_ih).unbind(1), tuple(s[k] for s in first)
+            of_input = F.linear(x, w_ih, b_ih).unbind(1)
+            state = tuple(s[k].to(of_input[0].dtype) for s in first)  # autocast
             steps: list[Tensor] = []
             for one in reversed(of_input) if k % ways else of_input:
                 state = cell(one, F.linear(state[0], w_hh, b_hh), state)
@@ -95,8 +96,9 @@ def _one_step(
     b_hh: Tensor | None = None,
 ) -> Tensor | State:
     """``torch.lstm_cell`` and its kin."""
-    last = (state,) if isinstance(state, Tensor) else tuple(state)
-    after = cell(F.linear(input, w_ih, b_ih), F.linear(last[0], w_hh, b_hh), last)
+    of_input = F.linear(input, w_ih, b_ih)
+    last = tuple(s.to(of_input.dtype) for s in ((state,) if isinstance(state, Tensor) else state))
+    after = cell(of_input, F.linear(last[0], w_hh, b_hh), last)
     return after[0] if isinstance(state, Tensor) else after
 
 

@@ -157,6 +157,8 @@ class PerExample(GradientEstimator):
                 try:
                     total += self._sample(objective, module, weights, known, sample, grads)
                 except _Unseen as unseen:
+                    if known.alone:
+                        known.begin(weights.names)
                     for key in unseen.keys:
                         known.layers.pop(key, None)
                     self._look(objective, module, weights, known, mix(seed, step))
@@ -208,6 +210,7 @@ class PerExample(GradientEstimator):
         for offset in self.stencil.offsets:
             distance = offset * self.stencil.mu
             value = shared.displaced(distance).__getitem__ if shared.positions else None
+            in_place = weights.opaque | shared.positions_of(state.hidden)
             watched = DisplacedOutputs(
                 module,
                 weights,
@@ -216,6 +219,7 @@ class PerExample(GradientEstimator):
                 statistics,
                 shared.positions,
                 value,
+                in_place,
                 objective.before_write,
                 {} if uses else gates,
                 state.buffers,
@@ -265,6 +269,8 @@ class PerExample(GradientEstimator):
                 f"{type(self).__name__} needs passes of one step to use the same weights, and "
                 f"{', '.join(sorted(unknown))} comes and goes"
             )
+        if state.alone and examples > 1:
+            raise _Unseen("the first batch had one example, which does not show where examples are")
         for key in state.layers.keys() & watched.uses.keys():
             shape, layer = watched.uses[key].shape, state.layers[key]
             if not layer.fits(shape, examples):

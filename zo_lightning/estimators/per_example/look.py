@@ -1,7 +1,7 @@
 """One undisturbed pass, to see how a net uses its weights: which of them can have noise for each example, and where."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -19,7 +19,7 @@ from zo_lightning.perturbed.gates import Gate
 from zo_lightning.perturbed.layouts import FIRST, Layout, layouts_of
 from zo_lightning.perturbed.outputs import DisplacedOutputs, Use
 from zo_lightning.perturbed.rules import count
-from zo_lightning.perturbed.weights import Weights
+from zo_lightning.perturbed.weights import Value, Weights
 
 _log = logging.getLogger(__name__)
 
@@ -66,10 +66,15 @@ class Look:
             self.take(state)
             return
         examples = len(losses)
+        state.alone = examples == 1
         layouts = self._layouts(watched.uses, _Search(self, losses, state.buffers, statistics))
         shared = dict(watched.opaque)
         if watched.is_constant(losses):
             shared |= dict.fromkeys(self.weights.names, "the losses depend on nothing but weights")
+        else:
+            hidden = self._hidden(watched, losses, state)
+            shared |= dict.fromkeys(hidden, "code that is not PyTorch's reads it")
+            state.hidden |= hidden
         for key, use in watched.uses.items():
             if key not in layouts:
                 shape, function = tuple(use.shape), getattr(use.operation.func, "__name__", "a function")
@@ -85,6 +90,19 @@ class Look:
                 state.layers.setdefault(key, self._layer(use, layout, examples))
         if self.feedback:
             self._find_output(calls, watched, losses, state)
+
+    def _hidden(self, watched: DisplacedOutputs, losses: Tensor, state: PerExampleState) -> set[str]:
+        """The weights of which the pass showed no use, if moving them changes the losses."""
+        names = self.weights.names
+        used = {watched.names[id(w)] for use in watched.uses.values() for w in use.operation.weights}
+        unseen = {k for k, name in enumerate(names) if name not in used | state.seen | watched.opaque.keys()}
+        state.seen |= set(names)
+        if not unseen:
+            return set()
+        points = {k: self.weights[k] + _SIZE * _SIGNS.draw([self.weights[k]], self.seed, -3, 0)[0] for k in unseen}
+        moved = self.watched(state.buffers, shared=unseen, value=points.__getitem__)
+        with self.objective.probe(), moved:
+            return {names[k] for k in unseen} if not torch.equal(self.objective.losses(), losses) else set()
 
     def _find_output(
         self, calls: list[Call], watched: DisplacedOutputs, losses: Tensor, state: PerExampleState
@@ -107,11 +125,21 @@ class Look:
         buffers: bool,
         displacement: Callable[[Use], Tensor | None] | None = None,
         statistics: dict[str, tuple[Tensor, Tensor]] | None = None,
+        shared: Collection[int] = (),
+        value: Value | None = None,
     ) -> DisplacedOutputs:
         """The context of a pass."""
-        note = self.objective.before_write
         return DisplacedOutputs(
-            self.module, self.weights, displacement, 1.0, statistics, before_write=note, buffers=buffers
+            self.module,
+            self.weights,
+            displacement,
+            1.0,
+            statistics,
+            shared,
+            value,
+            shared,
+            self.objective.before_write,
+            buffers=buffers,
         )
 
     def _warn(self, shared: Mapping[str, str]) -> None:
@@ -152,6 +180,8 @@ class Look:
                     if moved == {search.example}:
                         found = {**below, **found, key: layout}
                         break
+        if examples == 1:  # every place is as good
+            usual |= {key for key, use in uses.items() if FIRST.fits(use.shape, 1)}
         found = dict.fromkeys(usual, FIRST) | found
         return {key: found[key] for key, use in uses.items() if key in found and _has_derivative(use)}
 

@@ -65,10 +65,15 @@ class SharedNoise:
 
     def __init__(self, weights: Weights, names: set[str], seed: int) -> None:
         self.positions = [k for k, name in enumerate(weights.names) if name in names]
+        self.names = [weights.names[k] for k in self.positions]
         self.params = [weights.params[k] for k in self.positions]
         still = {k: weights.still[position] for k, position in enumerate(self.positions) if position in weights.still}
         u = _SIGNS.draw(self.params, seed, -1, 0, still).tensors()
         self.u = dict(zip(self.positions, u, strict=True))
+
+    def positions_of(self, names: set[str]) -> set[int]:
+        """The positions of some of these weights."""
+        return {k for k, name in zip(self.positions, self.names, strict=True) if name in names}
 
     def displaced(self, offset: float) -> dict[int, Tensor]:
         """What the uses of these weights see, by position."""

@@ -58,6 +58,9 @@ class PerExampleState(State):
         layers: by key of a use, in the order of the net.
         used: keys of all uses.
         shared: names of the weights with one direction for the whole batch, and why.
+        hidden: those of them that code reads where no function of PyTorch shows it.
+        seen: names of weights of which it is known how they are used, or that they are not.
+        alone: whether there was only one example to look at.
         buffers: whether no example enters the module's buffers.
         output: of the net, if there is one that the losses depend on alone.
         last: key of the use that makes it, if one does.
@@ -79,6 +82,9 @@ class PerExampleState(State):
         self.layers: dict[str, Layer] = {}
         self.used: set[str] = set()
         self.shared: dict[str, str] = {}
+        self.hidden: set[str] = set()
+        self.seen: set[str] = set()
+        self.alone = False
         self.buffers = True
         self.output: Output | None = None
         self.last: str | None = None
@@ -94,6 +100,9 @@ class PerExampleState(State):
             "layers": {key: {**asdict(one), "layout": list(one.layout)} for key, one in self.layers.items()},
             "used": sorted(self.used),
             "shared": dict(self.shared),
+            "hidden": sorted(self.hidden),
+            "seen": sorted(self.seen),
+            "alone": self.alone,
             "buffers": self.buffers,
             "output": None if self.output is None else self.output.state_dict(),
             "last": self.last,
@@ -111,7 +120,8 @@ class PerExampleState(State):
             key: Layer(**{**layer, "layout": Layout(*layer["layout"])}) for key, layer in state["layers"].items()
         }
         self.used, self.shared = set(state["used"]), dict(state["shared"])
-        self.buffers = state["buffers"]
+        self.hidden, self.seen = set(state["hidden"]), set(state["seen"])
+        self.alone, self.buffers = state["alone"], state["buffers"]
         self.output = Output.of_state(state["output"])
         self.last, self.is_smooth = state["last"], state["is_smooth"]
         self.feedback.load_state_dict(state["feedback"])
