@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 
 from zo_lightning.callbacks.exact_resume import ExactResume, saved_state
 from zo_lightning.callbacks.gradient_free import GradientFree
-from zo_lightning.callbacks.last_checkpoint import LastCheckpoint
+from zo_lightning.callbacks.last_checkpoint import LastCheckpoint, telling_exit_code
 from zo_lightning.callbacks.predictions import WritePredictions
 from zo_lightning.callbacks.weight_similarity import check_reference
 from zo_lightning.checkpoint_io import with_atomic_checkpoints
@@ -230,16 +230,8 @@ class CLI(LightningCLI):
                 marks = saved_state(self.checkpoint).get("curves", [])
                 continue_curves(trainer.loggers, marks, Path(kwargs["ckpt_path"]).resolve().parent.parent)
             self.checkpoint = self.checkpoint and {"global_step": self.checkpoint.get("global_step", 0)}  # frees memory
-            try:
+            with telling_exit_code(trainer):
                 trainer.fit(**{**kwargs, "weights_only": True})
-            except SystemExit as stop:
-                last = next((one for one in _callbacks(trainer) if isinstance(one, LastCheckpoint)), None)
-                interrupted = isinstance(stop.__context__, KeyboardInterrupt) or (last is not None and last.interrupted)
-                if interrupted or isinstance(stop, SIGTERMException):
-                    stop.code = 130 if interrupted else 143
-                if last is not None and last.path.is_file() and trainer.is_global_zero:
-                    print(f"\nzo-lightning: stopped; to go on: --ckpt_path {last.path}", file=sys.stderr)
-                raise
 
     def _find_checkpoint(self) -> None:
         """Read the checkpoint that ``last`` or ``best`` stands for, and choose the run's folder."""
@@ -300,14 +292,10 @@ def main(args: list[str] | None = None) -> int:
     if "" not in sys.path and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # a console script does not look there, unlike `python -m`
     try:
-        if words[:1] == ["study"]:
-            return study(words[1:], fit)
-        if words[:1] == ["report"]:
-            return report(words[1:], fit)
-        if words[:1] == ["replay"]:
-            return replay_command(words[1:])
-        if words[:1] == ["export"]:
-            return export_command(words[1:])
+        if words and words[0] in ("study", "report"):
+            return (study if words[0] == "study" else report)(words[1:], fit)
+        if words and words[0] in ("replay", "export"):
+            return (replay_command if words[0] == "replay" else export_command)(words[1:])
         CLI(args)
     except UserError as error:
         return _fail(error, 2)

@@ -185,7 +185,7 @@ def test_a_received_folder_is_data_and_no_code(finished: Path, tmp_path: Path, m
     text = yaml.safe_load((study / "study.yaml").read_text().replace("ZO-AdaMM", evil))
     (study / "study.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
     (study / "ZO-AdaMM").rename(study / "script_alert_1_script")
-    (tmp_path / "theirs.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    (tmp_path / "theirs.py").write_text(f"from pathlib import Path\nPath('{tmp_path / 'ran'}').touch()\n")
     for config in study.rglob("config.yaml"):
         text = yaml.safe_load(config.read_text())
         text["model"]["net"] = text["trainer"]["callbacks"] = {"class_path": "theirs.Thing"}

@@ -3,10 +3,12 @@
 from zo_lightning.callbacks.budget import Budget
 from zo_lightning.callbacks.dashboard import Dashboard
 from zo_lightning.callbacks.epoch_cost import EpochCost
+from zo_lightning.callbacks.exact_resume import ExactResume
 from zo_lightning.callbacks.filter_images import FilterImages
 from zo_lightning.callbacks.filter_projection import FilterProjection
 from zo_lightning.callbacks.gradient_alignment import GradientAlignment
 from zo_lightning.callbacks.gradient_free import GradientFree
+from zo_lightning.callbacks.last_checkpoint import LastCheckpoint
 from zo_lightning.callbacks.reporting import log_image
 from zo_lightning.callbacks.trajectory_log import TrajectoryLog
 from zo_lightning.callbacks.weight_similarity import WeightSimilarity
@@ -16,10 +18,12 @@ __all__ = [
     "Budget",
     "Dashboard",
     "EpochCost",
+    "ExactResume",
     "FilterImages",
     "FilterProjection",
     "GradientAlignment",
     "GradientFree",
+    "LastCheckpoint",
     "TrajectoryLog",
     "WeightSimilarity",
     "WeightSnapshots",

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,21 @@ class LastCheckpoint(ExactResume):
             self._point, self._random = None, None
             self._written_at = time.monotonic()
             self._took = self._written_at - began
+
+
+@contextmanager
+def telling_exit_code(trainer: Trainer) -> Iterator[None]:
+    """Let a run that a signal stops end its process with 128 + the signal's number, and say how to go on."""
+    try:
+        yield
+    except SystemExit as stop:
+        last = next((one for one in trainer.callbacks if isinstance(one, LastCheckpoint)), None)  # type: ignore[attr-defined]
+        interrupted = isinstance(stop.__context__, KeyboardInterrupt) or (last is not None and last.interrupted)
+        if interrupted or isinstance(stop, SIGTERMException):
+            stop.code = 128 + (signal.SIGINT if interrupted else signal.SIGTERM)
+        if last is not None and last.path.is_file() and trainer.is_global_zero:
+            print(f"\nzo-lightning: stopped; to go on: --ckpt_path {last.path}", file=sys.stderr)
+        raise
 
 
 def _versions(module: LightningModule) -> Iterator[int]:
