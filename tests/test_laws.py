@@ -163,13 +163,6 @@ def test_law_2_replay(u: Directions, kurtosis: float) -> None:
         assert len({tuple(value.tolist()) for value in drawn.values()}) == len(keys)
 
 
-@pytest.mark.parametrize("u", [Gaussian(), Rademacher(), LowRank()])
-def test_law_2_a_tensor_does_not_depend_on_the_others(u: Directions) -> None:
-    small, large = torch.zeros(2), torch.zeros(50, 3)
-    last = torch.zeros(6, 2)
-    assert torch.equal(u.draw([small, last], 3, 4, 5)[1], u.draw([large, last], 3, 4, 5)[1])
-
-
 @directions
 @weight_space
 @pytest.mark.parametrize("lean", [False, True])

@@ -7,7 +7,8 @@ from statistics import fmean
 from torch import nn
 from typing_extensions import Self
 
-from zo_lightning.directions import Direction, Directions, Sphere, mix
+from zo_lightning.counter import mix
+from zo_lightning.directions import Direction, Directions, Sphere
 from zo_lightning.distributed import Distributed
 from zo_lightning.estimators.base import Estimate, check_samples, resolve_seed, trained
 from zo_lightning.estimators.weight_space import Probe, WeightSpace
