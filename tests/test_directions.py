@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from zo_lightning import counter
-from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere
+from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere, Vector
 
 
 def test_sphere_has_norm_root_d() -> None:
@@ -40,9 +40,11 @@ def test_dtype_and_shape_follow_the_weights(u: Gaussian, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("u", [Gaussian(), Sphere(), Rademacher(), Coordinate(), LowRank()])
 def test_given_memory_takes_the_same_numbers(u: Gaussian, dtype: torch.dtype) -> None:
     params = [torch.zeros(3, 2, dtype=dtype), torch.zeros((), dtype=dtype)]
-    out = [torch.full_like(p, torch.nan) for p in params]
+    out = Vector(params)
+    for place in out:
+        place.fill_(torch.nan)
     drawn = u.draw(params, 0, 0, 0).tensors(out)
-    assert all(a is b for a, b in zip(drawn, out, strict=True))
+    assert drawn is out
     assert all(torch.equal(a, b) for a, b in zip(drawn, u.draw(params, 0, 0, 0).tensors(), strict=True))
 
 

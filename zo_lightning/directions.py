@@ -6,13 +6,13 @@ distribution, and no formula outside this file mentions the dimension ``d``.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_lightning.counter import ALIGNMENT, Stream
 
@@ -53,6 +53,37 @@ class Directions(ABC):
         return None
 
 
+class Vector(list[Tensor]):
+    """New tensors like some weights; where these are alike, one operation on ``flat`` serves all.
+
+    Attributes:
+        flat: [numbers], what the tensors are parts of, each from a multiple of ``ALIGNMENT`` on; None where the weights
+            are not all contiguous and of one real dtype on one device.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.flat: Tensor | None = None
+        if not _are_alike(weights):
+            super().__init__(map(torch.empty_like, weights))
+            return
+        starts = _starts(w.numel() for w in weights)
+        flat = self.flat = weights[0].new_empty(starts[-1])
+        super().__init__(flat.as_strided(w.shape, w.stride(), start) for w, start in zip(weights, starts, strict=False))
+
+
+def _are_alike(weights: Sequence[Tensor]) -> bool:
+    kinds = {(type(w), w.dtype, w.device, w.is_contiguous()) for w in weights}
+    if len(kinds) != 1:
+        return False
+    kind, dtype, _, contiguous = kinds.pop()
+    return contiguous and not dtype.is_complex and kind in (Tensor, nn.Parameter)
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    """Where tensors of some sizes start in a stream, and where the last one ends."""
+    return list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
+
+
 class Direction:
     """One direction ``u``: a tensor for each weight, drawn as often as it is asked for, each time the same.
 
@@ -73,7 +104,7 @@ class Direction:
         self, distribution: Directions, weights: Sequence[Tensor], stream: Stream, still: Mapping[int, int]
     ) -> None:
         self.distribution, self.weights, self.stream, self.still = distribution, weights, stream, still
-        self.held: list[Tensor] | None = None
+        self.held: Vector | None = None
 
     @cached_property
     def d(self) -> int:
@@ -83,8 +114,7 @@ class Direction:
     @cached_property
     def starts(self) -> list[int]:
         """Where the numbers of each tensor start in the stream."""
-        sizes = (-(-self.distribution._numbers(w) // ALIGNMENT) * ALIGNMENT for w in self.weights)
-        return list(accumulate(sizes, initial=0))
+        return _starts(map(self.distribution._numbers, self.weights))
 
     @cached_property
     def _scale(self) -> float | None:
@@ -98,20 +128,27 @@ class Direction:
         place = self._raw(position)
         return place if self._scale is None else place.mul_(self._scale)
 
-    def tensors(self, out: Sequence[Tensor] | None = None) -> list[Tensor]:
+    def tensors(self, out: Vector | None = None) -> Vector:
         """Draw all tensors at once, each number once: the same as one by one, bit for bit.
 
         Args:
             out: tensors like the weights to write into and to return, in place of new ones.
         """
-        places = [self._raw(k, None if out is None else out[k]) for k in range(len(self.weights))]
+        places = Vector(self.weights) if out is None else out
+        if places.flat is not None and isinstance(self.distribution, Independent):
+            self.distribution._draw(places.flat, self.stream, 0)
+            for position, row in self.still.items():
+                places[position][row] = 0
+        else:
+            for position, place in enumerate(places):
+                self._raw(position, place)
         if "_scale" not in vars(self):
             self._scale = self.distribution._scale(self.d, lambda: math.hypot(*_norms(places)))
         if self._scale is not None:
             torch._foreach_mul_(places, self._scale)
         return places
 
-    def hold(self, out: Sequence[Tensor] | None = None) -> "Direction":
+    def hold(self, out: Vector | None = None) -> "Direction":
         """Draw all tensors now and keep them in ``held``, for a direction that is used several times."""
         self.held = self.tensors(out)
         return self
@@ -141,14 +178,26 @@ def _size(weight: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Gaussian(Directions):
+class Independent(Directions):
+    """A distribution whose numbers are independent of each other, one for each weight."""
+
+    @abstractmethod
+    def _draw(self, out: Tensor, stream: Stream, start: int) -> None:
+        """Write the numbers from ``start`` on into a contiguous tensor of one dimension."""
+
+    def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
+        self._draw(place.view(-1), direction.stream, direction.starts[position])
+
+
+@dataclass(frozen=True)
+class Gaussian(Independent):
     """Standard normal directions, ``u ~ N(0, I)`` (Nesterov & Spokoiny, *Random gradient-free minimization*, 2017).
 
     Each number takes one of 65,536 equally likely values up to ±4.3.
     """
 
-    def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
-        direction.stream.normals(place.view(-1), direction.starts[position])
+    def _draw(self, out: Tensor, stream: Stream, start: int) -> None:
+        stream.normals(out, start)
 
 
 @dataclass(frozen=True)
@@ -164,11 +213,11 @@ class Sphere(Gaussian):
 
 
 @dataclass(frozen=True)
-class Rademacher(Directions):
+class Rademacher(Independent):
     """Random signs, ``uⱼ = ±1`` with equal probability (SPSA, Spall 1992): a bit for each, the cheapest to draw."""
 
-    def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
-        direction.stream.signs(place.view(-1), direction.starts[position])
+    def _draw(self, out: Tensor, stream: Stream, start: int) -> None:
+        stream.signs(out, start)
 
 
 @dataclass(frozen=True)

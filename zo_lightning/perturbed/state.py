@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from zo_lightning.directions import Direction
+from zo_lightning.directions import Direction, Vector
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.weights import DisplacedWeights, Recent, Value, Weights
 
@@ -27,7 +27,7 @@ class State:
 
     def __init__(self) -> None:
         self.visible: dict[str, bool] = {}
-        self._scratch: dict[str, tuple[list[Tensor], Weights | None]] = {}
+        self._scratch: dict[str, tuple[Vector, Weights]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how a run goes on, as plain containers and tensors."""
@@ -90,16 +90,16 @@ class State:
         torch._foreach_add_(points, direction.held, alpha=distance)
         return points.__getitem__
 
-    def scratch(self, name: str, weights: Weights) -> list[Tensor]:
+    def scratch(self, name: str, weights: Weights) -> Vector:
         """Tensors like the weights, whose memory is kept from one step to the next.
 
         Memory that is given back and asked for again comes as new pages, each at the price of a page fault: on a net of
         2.8 million weights those took longer than the arithmetic of the whole step.
         """
-        kept, of = self._scratch.get(name, ([], None))
-        if of is not weights:  # of an earlier step
-            if len(kept) != len(weights) or not all(map(_alike, kept, weights)):
-                kept = [torch.empty_like(p) for p in weights]
+        kept, of = self._scratch.get(name, (None, None))
+        if kept is None or of is not weights:  # of an earlier step
+            if kept is None or len(kept) != len(weights) or not all(map(_alike, kept, weights)):
+                kept = Vector(weights)
             self._scratch[name] = kept, weights
         return kept
 
