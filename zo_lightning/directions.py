@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from zo_lightning.counter import ALIGNMENT, Stream
 
@@ -69,6 +70,21 @@ class Vector(list[Tensor]):
         starts = _starts(w.numel() for w in weights)
         flat = self.flat = weights[0].new_empty(starts[-1])
         super().__init__(flat.as_strided(w.shape, w.stride(), start) for w, start in zip(weights, starts, strict=False))
+
+    def mul_(self, factor: float) -> Self:
+        """Multiply all numbers in place."""
+        if self.flat is None:
+            torch._foreach_mul_(self, factor)
+        else:
+            self.flat.mul_(factor)
+        return self
+
+    def add_(self, other: "Vector", alpha: float) -> None:
+        """Add ``alpha`` times another vector of the same weights."""
+        if self.flat is None or other.flat is None:
+            torch._foreach_add_(self, other, alpha=alpha)
+        else:
+            self.flat.add_(other.flat, alpha=alpha)
 
 
 def _are_alike(weights: Sequence[Tensor]) -> bool:
@@ -145,7 +161,7 @@ class Direction:
         if "_scale" not in vars(self):
             self._scale = self.distribution._scale(self.d, lambda: math.hypot(*_norms(places)))
         if self._scale is not None:
-            torch._foreach_mul_(places, self._scale)
+            places.mul_(self._scale)
         return places
 
     def hold(self, out: Vector | None = None) -> "Direction":

@@ -49,7 +49,8 @@ class ForwardGradient(WeightSpace):
         self, objective: Objective, module: nn.Module, step: int, state: State, lean: bool = False
     ) -> Estimate:
         """Push ``samples`` directions through the loss, and sum them up weighted by their slopes."""
-        objective.begin(mix(resolve_seed(self.seed), step))
+        seed = resolve_seed(self.seed)
+        objective.begin(mix(seed, step))
         weights = trained(objective, module)
         scripted = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]
         if any(p.requires_grad for m in scripted for p in m.parameters()):

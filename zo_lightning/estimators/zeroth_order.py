@@ -69,7 +69,8 @@ class ZerothOrder(WeightSpace):
         self, objective: Objective, module: nn.Module, step: int, state: State, lean: bool = False
     ) -> Estimate:
         """Probe the loss along ``samples`` directions and sum them up, each weighted by its slope."""
-        objective.begin(mix(resolve_seed(self.seed), step))
+        seed = resolve_seed(self.seed)
+        objective.begin(mix(seed, step))
         weights = trained(objective, module)
         offsets = self.stencil.offsets
 

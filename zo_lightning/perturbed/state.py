@@ -85,9 +85,10 @@ class State:
                 return torch.add(weights[position].detach(), u, alpha=distance, out=u).requires_grad_()
 
             return Recent(weights, moved)
-        points = [point.requires_grad_() for point in self.scratch("points", weights)]
-        torch._foreach_copy_(points, [p.detach() for p in weights])
-        torch._foreach_add_(points, direction.held, alpha=distance)
+        points = self.scratch("points", weights)
+        for p, u, point in zip(weights.params, direction.held, points, strict=True):
+            torch.add(p, u, alpha=distance, out=point.requires_grad_(False))
+            point.requires_grad_()
         return points.__getitem__
 
     def scratch(self, name: str, weights: Weights) -> Vector:
