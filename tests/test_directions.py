@@ -40,7 +40,7 @@ def test_dtype_and_shape_follow_the_weights(u: Gaussian, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("u", [Gaussian(), Sphere(), Rademacher(), Coordinate(), LowRank()])
 def test_given_memory_takes_the_same_numbers(u: Gaussian, dtype: torch.dtype) -> None:
     params = [torch.zeros(3, 2, dtype=dtype), torch.zeros((), dtype=dtype)]
-    out = Vector(params)
+    out = Vector.like(params)
     for place in out:
         place.fill_(torch.nan)
     drawn = u.draw(params, 0, 0, 0).tensors(out)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import zo_lightning as zo
 from zo_lightning import (
     Backprop,
+    Batched,
     CentralDifference,
     Coordinate,
     Directions,
@@ -51,6 +52,8 @@ WEIGHT_SPACE: dict[str, Callable[[Directions, int], GradientEstimator]] = {
     "central": lambda u, q: ZerothOrder(u, CentralDifference(1e-3), samples=q, seed=0),
     "forward": lambda u, q: ZerothOrder(u, ForwardDifference(1e-3), samples=q, seed=0),
     "forward_gradient": lambda u, q: ForwardGradient(u, samples=q, seed=0),
+    "batched": lambda u, q: ZerothOrder(u, CentralDifference(1e-3), Batched(), samples=q, seed=0),
+    "batched-forward": lambda u, q: ZerothOrder(u, ForwardDifference(1e-3), Batched(2), samples=q, seed=0),
 }
 Make = Callable[[int], GradientEstimator]
 FORWARD_ONLY: dict[str, Make] = {

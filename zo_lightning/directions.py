@@ -55,21 +55,49 @@ class Directions(ABC):
 
 
 class Vector(list[Tensor]):
-    """New tensors like some weights; where these are alike, one operation on ``flat`` serves all.
+    """A tensor for each of some weights, or a stack of such; where these are alike, one operation serves all.
 
     Attributes:
-        flat: [numbers], what the tensors are parts of, each from a multiple of ``ALIGNMENT`` on; None where the weights
-            are not all contiguous and of one real dtype on one device.
+        flat: [..., numbers], what the tensors are parts of, each from a multiple of ``ALIGNMENT`` on; None where the
+            weights are not all contiguous and of one real dtype on one device.
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        self.flat: Tensor | None = None
+    def __init__(self, tensors: Iterable[Tensor], flat: Tensor | None = None) -> None:
+        super().__init__(tensors)
+        self.flat = flat
+
+    @classmethod
+    def like(cls, weights: Sequence[Tensor]) -> Self:
+        """New tensors like some weights."""
         if not _are_alike(weights):
-            super().__init__(map(torch.empty_like, weights))
-            return
+            return cls(map(torch.empty_like, weights))
         starts = _starts(w.numel() for w in weights)
-        flat = self.flat = weights[0].new_empty(starts[-1])
-        super().__init__(flat.as_strided(w.shape, w.stride(), start) for w, start in zip(weights, starts, strict=False))
+        flat = weights[0].new_empty(starts[-1])
+        return cls([flat.as_strided(w.shape, w.stride(), k) for w, k in zip(weights, starts, strict=False)], flat)
+
+    @classmethod
+    def stack(cls, weights: Sequence[Tensor], rows: int) -> Self:
+        """New tensors [rows, ...] like some weights."""
+        if not _are_alike(weights):
+            return cls(w.new_empty((rows, *w.shape)) for w in weights)
+        starts = _starts(w.numel() for w in weights)
+        flat = weights[0].new_empty(rows, starts[-1])
+        parts = (flat[:, k : k + w.numel()].view(rows, *w.shape) for w, k in zip(weights, starts, strict=False))
+        return cls(parts, flat)
+
+    def rows(self, of: slice) -> Self:
+        """Some rows of a stack."""
+        return type(self)([t[of] for t in self], None if self.flat is None else self.flat[of])
+
+    def row(self, index: int) -> Self:
+        """One of a stack."""
+        return type(self)([t[index] for t in self], None if self.flat is None else self.flat[index])
+
+    def copy_(self, other: "Vector") -> Self:
+        """Take the numbers of another vector of the same weights."""
+        for mine, its in zip(self, other, strict=True):
+            mine.copy_(its)
+        return self
 
     def mul_(self, factor: float) -> Self:
         """Multiply all numbers in place."""
@@ -150,7 +178,7 @@ class Direction:
         Args:
             out: tensors like the weights to write into and to return, in place of new ones.
         """
-        places = Vector(self.weights) if out is None else out
+        places = Vector.like(self.weights) if out is None else out
         if places.flat is not None and isinstance(self.distribution, Independent):
             self.distribution._draw(places.flat, self.stream, 0)
             for position, row in self.still.items():

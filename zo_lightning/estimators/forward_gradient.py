@@ -49,8 +49,7 @@ class ForwardGradient(WeightSpace):
         self, objective: Objective, module: nn.Module, step: int, state: State, lean: bool = False
     ) -> Estimate:
         """Push ``samples`` directions through the loss, and sum them up weighted by their slopes."""
-        seed = resolve_seed(self.seed)
-        objective.begin(mix(seed, step))
+        objective.begin(mix(resolve_seed(self.seed), step))
         weights = trained(objective, module)
         scripted = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]
         if any(p.requires_grad for m in scripted for p in m.parameters()):

@@ -69,8 +69,7 @@ class ZerothOrder(WeightSpace):
         self, objective: Objective, module: nn.Module, step: int, state: State, lean: bool = False
     ) -> Estimate:
         """Probe the loss along ``samples`` directions and sum them up, each weighted by its slope."""
-        seed = resolve_seed(self.seed)
-        objective.begin(mix(seed, step))
+        objective.begin(mix(resolve_seed(self.seed), step))
         weights = trained(objective, module)
         offsets = self.stencil.offsets
 
@@ -79,4 +78,4 @@ class ZerothOrder(WeightSpace):
                 loss = losses[offsets.index(0.0)] if 0.0 in offsets else fmean(losses)
                 yield direction, loss, self.stencil.slope(losses)
 
-        return self.estimate_along(objective, weights, step, state, lean, probes)
+        return self.estimate_along(objective, weights, step, state, lean or self.evaluation.draws, probes)

@@ -91,18 +91,24 @@ class State:
             point.requires_grad_()
         return points.__getitem__
 
-    def scratch(self, name: str, weights: Weights) -> Vector:
-        """Tensors like the weights, whose memory is kept from one step to the next.
+    def scratch(self, name: str, weights: Weights, rows: int | None = None) -> Vector:
+        """Tensors like the weights, or [rows, ...], whose memory is kept from one step to the next.
 
         Memory that is given back and asked for again comes as new pages, each at the price of a page fault: on a net of
         2.8 million weights those took longer than the arithmetic of the whole step.
         """
         kept, of = self._scratch.get(name, (None, None))
         if kept is None or of is not weights:  # of an earlier step
-            if kept is None or len(kept) != len(weights) or not all(map(_alike, kept, weights)):
-                kept = Vector(weights)
+            if kept is None or not _fits(kept, weights, rows):
+                kept = Vector.like(weights) if rows is None else Vector.stack(weights, rows)
             self._scratch[name] = kept, weights
         return kept
+
+
+def _fits(kept: Vector, weights: Weights, rows: int | None) -> bool:
+    if len(kept) != len(weights) or (rows is not None and len(kept[0]) != rows):
+        return False
+    return all(map(_alike, kept if rows is None else kept.row(0), weights))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
