@@ -102,6 +102,8 @@ class Batched(Evaluation):
     ) -> Iterator[Probe]:
         """Yield the directions of one chunk after the other."""
         drawn = list(directions)
+        if not drawn:  # of this process
+            return
         offsets = [offset for offset in stencil.offsets if offset]
         centre = first = None
         with _Largest() if self.chunk_size is None else nullcontext() as largest:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zo_lightning.objective import Objective, as_tensor, check_loss
 from zo_lightning.perturbed.weights import DisplacedWeights, Weights
@@ -47,12 +48,13 @@ def losses_at(objective: Objective, weights: Weights, seen: Sequence[Displaced],
             raise CannotBatch(f"it is a {type(as_tensor(value)).__name__} that no tensor of PyTorch leads to")
         return value.detach().mean()
 
-    with objective.probe(cost=count):
+    # The fast kernels of attention have no rule for vmap: it would run them one by one.
+    with objective.probe(cost=count), sdpa_kernel(SDPBackend.MATH):
         try:
             losses = torch.func.vmap(loss, randomness="same")(list(seen), distances, own)
         except RuntimeError as error:
             if any(word in str(error) for word in _OF_VMAP):
-                raise CannotBatch(str(error).strip().split("\n")[0].rstrip(".")) from error
+                raise CannotBatch(str(error).strip().split(". ")[0].rstrip(".")) from error
             raise
         return [check_loss(one) for one in losses.tolist()]
 
