@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "zo_lightning"
 
 # A module or subpackage imports from lower floors and from itself; nothing else of its own floor.
 FLOORS = {
+    "counter": -1,
     "directions": 0,
     "stencils": 0,
     "costs": 0,

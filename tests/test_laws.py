@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import zo_lightning as zo
 from zo_lightning import (
     Backprop,
+    Batched,
     CentralDifference,
     Coordinate,
     Directions,
@@ -51,6 +52,8 @@ WEIGHT_SPACE: dict[str, Callable[[Directions, int], GradientEstimator]] = {
     "central": lambda u, q: ZerothOrder(u, CentralDifference(1e-3), samples=q, seed=0),
     "forward": lambda u, q: ZerothOrder(u, ForwardDifference(1e-3), samples=q, seed=0),
     "forward_gradient": lambda u, q: ForwardGradient(u, samples=q, seed=0),
+    "batched": lambda u, q: ZerothOrder(u, CentralDifference(1e-3), Batched(), samples=q, seed=0),
+    "batched-forward": lambda u, q: ZerothOrder(u, ForwardDifference(1e-3), Batched(2), samples=q, seed=0),
 }
 Make = Callable[[int], GradientEstimator]
 FORWARD_ONLY: dict[str, Make] = {
@@ -121,6 +124,10 @@ def assert_unchanged(net: nn.Module, before: dict[str, Tensor]) -> None:
         assert torch.equal(value, before[name]), name
 
 
+def is_batched(estimator: GradientEstimator) -> bool:
+    return isinstance(estimator, ZerothOrder) and isinstance(estimator.evaluation, Batched)
+
+
 @directions
 def test_law_1_second_moment_is_the_identity(u: Directions, kurtosis: float) -> None:
     n = 4000
@@ -161,13 +168,6 @@ def test_law_2_replay(u: Directions, kurtosis: float) -> None:
         assert torch.equal(flat([direction[1], direction[0]][::-1]), drawn[key]), "a tensor at a time, in any order"
     if not isinstance(u, Coordinate):  # of which there are only d
         assert len({tuple(value.tolist()) for value in drawn.values()}) == len(keys)
-
-
-@pytest.mark.parametrize("u", [Gaussian(), Rademacher(), LowRank()])
-def test_law_2_a_tensor_does_not_depend_on_the_others(u: Directions) -> None:
-    small, large = torch.zeros(2), torch.zeros(50, 3)
-    last = torch.zeros(6, 2)
-    assert torch.equal(u.draw([small, last], 3, 4, 5)[1], u.draw([large, last], 3, 4, 5)[1])
 
 
 @directions
@@ -221,6 +221,7 @@ def test_law_3_a_module_that_is_reachable_by_two_names_keeps_its_parameters(make
 def test_law_3_also_after_an_error(make: Make, error: BaseException, at: int) -> None:
     estimator = make(3)
     at = 1 if estimator.is_exact else at  # which asks once
+    at = min(at, 2) if is_batched(estimator) else at  # once alone, and once for all others
     net, loss = problem()
     for p in net.parameters():
         p.grad = torch.ones_like(p)
@@ -457,6 +458,10 @@ OUTSIDE: dict[str, Callable[[Tensor], object]] = {
 def test_law_10_losses_may_be_numbers_and_arrays(make: Make, outside: Callable[[Tensor], object]) -> None:
     net, loss = problem()
     estimator = make(2)
+    if is_batched(estimator):
+        with pytest.raises(ValueError, match=r"Batched cannot evaluate .*\. Take OneByOne\(\)"):
+            estimated(estimator, lambda: outside(loss()), net)  # type: ignore[arg-type,return-value]
+        return
     if estimator.needs_example_losses and isinstance(outside(torch.ones(2)), float | np.floating):
         with pytest.raises(ValueError, match="needs the loss of each example"):
             estimated(estimator, lambda: outside(loss()), net)  # type: ignore[arg-type,return-value]
@@ -468,8 +473,9 @@ def test_law_10_losses_may_be_numbers_and_arrays(make: Make, outside: Callable[[
     )
     found = estimated(estimator, lambda: outside(loss()), net)  # type: ignore[arg-type,return-value]
     assert found.dtype == inside.dtype
-    # The mean in float64, or by NumPy, rounds a float32 loss of order 1 by 1e-7, divided by 2 mu = 2e-3.
-    assert torch.allclose(found, inside, atol=5 * 1e-4 * float(inside.abs().max()), rtol=0)
+    # The mean in float64, or by NumPy, rounds float32 losses of order 1 by 1e-7: slopes by 3e-4 at most, since mu is
+    # 1e-3, times entries of u up to √d (Coordinate).
+    assert torch.allclose(found, inside, atol=3e-4 * math.sqrt(len(inside)), rtol=0)
 
 
 @pytest.mark.parametrize("make", GRAPH.values(), ids=GRAPH.keys())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         PerExample,
         ZerothOrder,
     )
-    from zo_lightning.evaluation import Evaluation, OneByOne
+    from zo_lightning.evaluation import Batched, Evaluation, OneByOne
     from zo_lightning.minimization import Result, minimize
     from zo_lightning.modules import (
         AutomaticClassifier,
@@ -47,7 +47,7 @@ _HOMES = {
         "PerExample",
         "ZerothOrder",
     ),
-    "evaluation": ("Evaluation", "OneByOne"),
+    "evaluation": ("Batched", "Evaluation", "OneByOne"),
     "minimization": ("Result", "minimize"),
     "modules": (
         "AutomaticClassifier",
@@ -70,6 +70,7 @@ __all__ = [
     "AutomaticClassifier",
     "AutomaticRegressor",
     "Backprop",
+    "Batched",
     "BlackBox",
     "BlackBoxLoss",
     "CentralDifference",

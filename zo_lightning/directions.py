@@ -7,56 +7,25 @@ distribution, and no formula outside this file mentions the dimension ``d``.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from itertools import accumulate
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
 
-_MASK = (1 << 64) - 1
-_PIECE = 1 << 18
-_SIGNS = 1 << 20
-
-
-def mix(*words: int) -> int:
-    """Hash integers to one of 64 bits: the seed of a random stream that belongs to these words alone.
-
-    Each word is absorbed by the finaliser of SplitMix64 (Steele, Lea & Flood, *Fast splittable pseudorandom number
-    generators*, 2014), so neighbouring seeds, steps and indices give unrelated streams.
-    """
-    return _absorbed(0, words)
-
-
-def _absorbed(state: int, words: Iterable[int]) -> int:
-    for word in words:
-        state = (state + (word & _MASK) + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state
+from zo_lightning.counter import ALIGNMENT, Stream
 
 
 @dataclass(frozen=True)
 class Directions(ABC):
     """A distribution of directions ``u`` with ``E[u uᵀ] = I``; equal arguments draw equal directions, in any order.
 
-    Args:
-        draw_on: ``"cpu"`` draws every number on the CPU and copies it, so that a run is the same on every device;
-            ``"device"`` uses the parameters' own device: faster on a GPU, but the streams of GPU models differ.
-
-    Raises:
-        ValueError: ``draw_on`` is neither.
+    The numbers of a direction are those of one ``Stream``: the tensors of the weights lie in it one after the other. So
+    they are the same on every device, to the last bit for all but ``Sphere`` and ``LowRank``, whose sums may round
+    otherwise there.
     """
-
-    _: KW_ONLY
-    draw_on: Literal["cpu", "device"] = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.draw_on not in ("cpu", "device"):
-            raise ValueError(f"draw_on must be 'cpu' or 'device', got {self.draw_on!r}")
 
     def draw(
         self, weights: Sequence[Tensor], seed: int, step: int, index: int, still: Mapping[int, int] | None = None
@@ -70,34 +39,93 @@ class Directions(ABC):
             index: of the direction among the ``samples`` of one step.
             still: by position of a weight, a row of it that no direction moves: an embedding's padding.
         """
-        return Direction(self, weights, (seed, step, index), still or {})
+        return Direction(self, weights, Stream(seed, step, index), still or {})
 
     @abstractmethod
     def _fill(self, place: Tensor, direction: "Direction", position: int) -> None:
         """Write the numbers of one tensor, up to the direction's scale, into a contiguous real one of its shape."""
 
+    def _numbers(self, weight: Tensor) -> int:
+        """How many random numbers the tensor of one weight is made of."""
+        return _size(weight)
+
     def _scale(self, d: int, norm: Callable[[], float]) -> float | None:
         """What the ``d`` numbers of all tensors are multiplied by, or None; ``norm`` computes their norm."""
         return None
 
-    def _normal(self, place: Tensor, direction: "Direction", position: int) -> None:
-        """Fill a tensor with standard normal numbers, drawn in float32 whatever its dtype."""
-        device = torch.device("cpu") if self.draw_on == "cpu" else place.device
-        direct = place.device == device and place.dtype == torch.float32
-        numbers = place if direct else torch.empty(place.shape, device=device)
-        # Drawing is serial in PyTorch and long tensors take long: their pieces have a stream each, so that all threads
-        # can draw, and the numbers do not depend on how many there are.
-        pieces = numbers.view(-1).split(_PIECE)
-        if len(pieces) == 1:
-            numbers.normal_(generator=direction.stream(device, position))
+
+class Vector(list[Tensor]):
+    """A tensor for each of some weights, or a stack of such; where these are alike, one operation serves all.
+
+    Attributes:
+        flat: [..., numbers], what the tensors are parts of, each from a multiple of ``ALIGNMENT`` on; None where the
+            weights are not all contiguous and of one real dtype on one device.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], flat: Tensor | None = None) -> None:
+        super().__init__(tensors)
+        self.flat = flat
+
+    @classmethod
+    def like(cls, weights: Sequence[Tensor]) -> Self:
+        """New tensors like some weights."""
+        if not _are_alike(weights):
+            return cls(map(torch.empty_like, weights))
+        starts = _starts(w.numel() for w in weights)
+        flat = weights[0].new_empty(starts[-1])
+        return cls([flat.as_strided(w.shape, w.stride(), k) for w, k in zip(weights, starts, strict=False)], flat)
+
+    @classmethod
+    def stack(cls, weights: Sequence[Tensor], rows: int) -> Self:
+        """New tensors [rows, ...] like some weights."""
+        if not _are_alike(weights):
+            return cls(w.new_empty((rows, *w.shape)) for w in weights)
+        starts = _starts(w.numel() for w in weights)
+        flat = weights[0].new_empty(rows, starts[-1])
+        parts = (flat[:, k : k + w.numel()].view(rows, *w.shape) for w, k in zip(weights, starts, strict=False))
+        return cls(parts, flat)
+
+    def rows(self, of: slice) -> Self:
+        """Some rows of a stack."""
+        return type(self)([t[of] for t in self], None if self.flat is None else self.flat[of])
+
+    def row(self, index: int) -> Self:
+        """One of a stack."""
+        return type(self)([t[index] for t in self], None if self.flat is None else self.flat[index])
+
+    def copy_(self, other: "Vector") -> Self:
+        """Take the numbers of another vector of the same weights."""
+        for mine, its in zip(self, other, strict=True):
+            mine.copy_(its)
+        return self
+
+    def mul_(self, factor: float) -> Self:
+        """Multiply all numbers in place."""
+        if self.flat is None:
+            torch._foreach_mul_(self, factor)
         else:
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                draw = enumerate(pieces)
-                list(
-                    pool.map(lambda one: one[1].normal_(generator=direction.own_stream(device, position, one[0])), draw)
-                )
-        if not direct:
-            place.copy_(numbers)
+            self.flat.mul_(factor)
+        return self
+
+    def add_(self, other: "Vector", alpha: float) -> None:
+        """Add ``alpha`` times another vector of the same weights."""
+        if self.flat is None or other.flat is None:
+            torch._foreach_add_(self, other, alpha=alpha)
+        else:
+            self.flat.add_(other.flat, alpha=alpha)
+
+
+def _are_alike(weights: Sequence[Tensor]) -> bool:
+    kinds = {(type(w), w.dtype, w.device, w.is_contiguous()) for w in weights}
+    if len(kinds) != 1:
+        return False
+    kind, dtype, _, contiguous = kinds.pop()
+    return contiguous and not dtype.is_complex and kind in (Tensor, nn.Parameter)
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    """Where tensors of some sizes start in a stream, and where the last one ends."""
+    return list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
 
 
 class Direction:
@@ -109,7 +137,7 @@ class Direction:
     Args:
         distribution: what it is drawn from.
         weights: as for ``Directions.draw``.
-        key: seed, step and index.
+        stream: of its random numbers.
         still: as for ``Directions.draw``.
 
     Attributes:
@@ -117,18 +145,20 @@ class Direction:
     """
 
     def __init__(
-        self, distribution: Directions, weights: Sequence[Tensor], key: tuple[int, ...], still: Mapping[int, int]
+        self, distribution: Directions, weights: Sequence[Tensor], stream: Stream, still: Mapping[int, int]
     ) -> None:
-        self.distribution, self.weights, self.key, self.still = distribution, weights, key, still
-        self._state = mix(*key)
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self.held: list[Tensor] | None = None
+        self.distribution, self.weights, self.stream, self.still = distribution, weights, stream, still
+        self.held: Vector | None = None
 
     @cached_property
     def d(self) -> int:
         """The numbers in all tensors that are not still."""
-        real = sum(w.numel() * (2 if w.is_complex() else 1) for w in self.weights)
-        return real - sum(self.weights[position][0].numel() for position in self.still)
+        return sum(map(_size, self.weights)) - sum(self.weights[position][0].numel() for position in self.still)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where the numbers of each tensor start in the stream."""
+        return _starts(map(self.distribution._numbers, self.weights))
 
     @cached_property
     def _scale(self) -> float | None:
@@ -142,35 +172,30 @@ class Direction:
         place = self._raw(position)
         return place if self._scale is None else place.mul_(self._scale)
 
-    def tensors(self, out: Sequence[Tensor] | None = None) -> list[Tensor]:
+    def tensors(self, out: Vector | None = None) -> Vector:
         """Draw all tensors at once, each number once: the same as one by one, bit for bit.
 
         Args:
             out: tensors like the weights to write into and to return, in place of new ones.
         """
-        places = [self._raw(k, None if out is None else out[k]) for k in range(len(self.weights))]
+        places = Vector.like(self.weights) if out is None else out
+        if places.flat is not None and isinstance(self.distribution, Independent):
+            self.distribution._draw(places.flat, self.stream, 0)
+            for position, row in self.still.items():
+                places[position][row] = 0
+        else:
+            for position, place in enumerate(places):
+                self._raw(position, place)
         if "_scale" not in vars(self):
             self._scale = self.distribution._scale(self.d, lambda: math.hypot(*_norms(places)))
         if self._scale is not None:
-            torch._foreach_mul_(places, self._scale)
+            places.mul_(self._scale)
         return places
 
-    def hold(self, out: Sequence[Tensor] | None = None) -> "Direction":
+    def hold(self, out: Vector | None = None) -> "Direction":
         """Draw all tensors now and keep them in ``held``, for a direction that is used several times."""
         self.held = self.tensors(out)
         return self
-
-    def stream(self, device: torch.device, position: int) -> torch.Generator:
-        """The random numbers of one tensor, until those of another are asked for."""
-        generator = self._generators.get(device)
-        if generator is None:
-            generator = self._generators[device] = torch.Generator(device)
-        return generator.manual_seed(_absorbed(self._state, (position,)))
-
-    def own_stream(self, device: torch.device, position: int, piece: int) -> torch.Generator:
-        """The random numbers of one piece of a tensor, for a thread of its own."""
-        # torch's CPU generator keeps 32 bits of its seed: two of many streams may coincide, at unrelated steps only.
-        return torch.Generator(device).manual_seed(_absorbed(self._state, (position, piece)))
 
     def _raw(self, position: int, out: Tensor | None = None) -> Tensor:
         place = torch.empty_like(self.weights[position]) if out is None else out
@@ -192,12 +217,31 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
     return torch.stack([norm.to(norms[0]) for norm in norms]).tolist()
 
 
+def _size(weight: Tensor) -> int:
+    return weight.numel() * (2 if weight.is_complex() else 1)
+
+
 @dataclass(frozen=True)
-class Gaussian(Directions):
-    """Standard normal directions, ``u ~ N(0, I)`` (Nesterov & Spokoiny, *Random gradient-free minimization*, 2017)."""
+class Independent(Directions):
+    """A distribution whose numbers are independent of each other, one for each weight."""
+
+    @abstractmethod
+    def _draw(self, out: Tensor, stream: Stream, start: int) -> None:
+        """Write the numbers from ``start`` on into a contiguous tensor of one dimension."""
 
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
-        self._normal(place, direction, position)
+        self._draw(place.view(-1), direction.stream, direction.starts[position])
+
+
+@dataclass(frozen=True)
+class Gaussian(Independent):
+    """Standard normal directions, ``u ~ N(0, I)`` (Nesterov & Spokoiny, *Random gradient-free minimization*, 2017).
+
+    Each number takes one of 65,536 equally likely values up to ±4.3.
+    """
+
+    def _draw(self, out: Tensor, stream: Stream, start: int) -> None:
+        stream.normals(out, start)
 
 
 @dataclass(frozen=True)
@@ -213,20 +257,11 @@ class Sphere(Gaussian):
 
 
 @dataclass(frozen=True)
-class Rademacher(Directions):
-    """Random signs, ``uⱼ = ±1`` with equal probability (SPSA, Spall 1992): four times cheaper to draw than normals."""
+class Rademacher(Independent):
+    """Random signs, ``uⱼ = ±1`` with equal probability (SPSA, Spall 1992): a bit for each, the cheapest to draw."""
 
-    def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
-        generator = direction.stream(torch.device("cpu") if self.draw_on == "cpu" else place.device, position)
-        flat = place.view(-1)
-        # In pieces, so that what is beside the numbers takes little memory.
-        for piece in flat.split(_SIGNS) if place.numel() > _SIGNS else (flat,):
-            words = torch.empty(piece.numel() // 64 + 1, dtype=torch.int64, device=generator.device)
-            words.random_(-(1 << 63), None, generator=generator)
-            signs = np.unpackbits(words.cpu().numpy().view(np.uint8), count=piece.numel()).view(np.int8)
-            signs += signs
-            signs -= 1
-            piece.copy_(torch.from_numpy(signs))
+    def _draw(self, out: Tensor, stream: Stream, start: int) -> None:
+        stream.signs(out, start)
 
 
 @dataclass(frozen=True)
@@ -234,9 +269,9 @@ class Coordinate(Directions):
     """One weight at a time: ``u = √d eⱼ`` with ``j`` uniform over all weights (Lian et al. 2016)."""
 
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
-        sizes = [w.numel() * (2 if w.is_complex() else 1) for w in direction.weights]
-        generator = torch.Generator().manual_seed(mix(*direction.key))
-        j = int(torch.randint(sum(sizes), (), generator=generator)) - sum(sizes[:position])
+        sizes = list(map(_size, direction.weights))
+        word = int(direction.stream.words(0, 1, torch.device("cpu")))
+        j = ((word + (1 << 63)) * sum(sizes) >> 64) - sum(sizes[:position])
         place.zero_()
         if 0 <= j < place.numel():
             place.view(-1)[j] = math.sqrt(sum(sizes))
@@ -259,15 +294,24 @@ class LowRank(Directions):
     rank: int = 1
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
 
+    def factors(self, place: Tensor, direction: Direction, position: int) -> tuple[Tensor, Tensor]:
+        """``A`` [m, r] and ``B`` [n, r] of a matrix, whose numbers ``place`` has room for."""
+        m = place.shape[0]
+        factors = torch.empty(m + math.prod(place.shape[1:]), self.rank, device=place.device)
+        direction.stream.normals(factors.view(-1), direction.starts[position])
+        return factors[:m], factors[m:]
+
+    def _numbers(self, weight: Tensor) -> int:
+        if weight.ndim < 2:
+            return _size(weight)
+        return self.rank * (weight.shape[0] + _size(weight[0]))
+
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
         if direction.weights[position].ndim < 2:
-            self._normal(place, direction, position)
+            direction.stream.normals(place.view(-1), direction.starts[position])
             return
-        m, n = place.shape[0], math.prod(place.shape[1:])
-        factors = torch.empty(m + n, self.rank, device=place.device)
-        self._normal(factors, direction, position)
-        place.copy_((factors[:m] @ factors[m:].T).div_(math.sqrt(self.rank)).view(place.shape))
+        a, b = self.factors(place, direction, position)
+        place.copy_((a @ b.T).div_(math.sqrt(self.rank)).view(place.shape))

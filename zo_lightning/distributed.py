@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zo_lightning.directions import mix
+from zo_lightning.counter import mix
 from zo_lightning.objective import NonFiniteLoss
 
 Probed = tuple[float, float]

@@ -1,14 +1,22 @@
 """How the losses along the directions of a step are obtained."""
 
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zo_lightning.black_box import BlackBoxLoss
-from zo_lightning.directions import Direction
+from zo_lightning.directions import Direction, LowRank, Vector
 from zo_lightning.objective import Objective, check_loss
+from zo_lightning.perturbed.many import Displaced, losses_at
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Recent, Value, Weights
 from zo_lightning.stencils import Stencil
@@ -19,7 +27,13 @@ Probe = tuple[Direction, tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Evaluation(ABC):
-    """A way to ask an objective for its losses along several directions."""
+    """A way to ask an objective for its losses along several directions.
+
+    Attributes:
+        draws: whether it draws the directions itself, into memory of its own; otherwise they may come drawn.
+    """
+
+    draws: ClassVar[bool] = False
 
     @abstractmethod
     def probes(
@@ -56,6 +70,117 @@ class OneByOne(Evaluation):
                 else:
                     losses.append(state.loss_along(objective, weights, direction, offset * stencil.mu))
             yield direction, tuple(losses)
+
+
+@dataclass(frozen=True)
+class Batched(Evaluation):
+    """Many forward passes as one: ``torch.func.vmap`` over the displaced weights of a number of directions.
+
+    For many directions and small batches, where one pass alone does not fill the processor. The step's first pass is
+    one by itself: what it leaves, such as BatchNorm's statistics and metrics, is what the step leaves. Directions are
+    exactly those of ``OneByOne``, losses are equal to rounding. ``LowRank`` directions of linear layers stay factors.
+    The directions of a chunk are held in memory, with lean updates too.
+
+    Args:
+        chunk_size: directions at once; None takes as many as fit into half of the free memory.
+
+    Raises:
+        ValueError: ``chunk_size`` < 1; in ``probes``, also where a weight's use does not show, and where the loss
+            branches on a value, calls ``.item()``, is a black box, or does another thing that ``vmap`` does not allow.
+    """
+
+    chunk_size: int | None = None
+
+    draws = True
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, or None for what fits, got {self.chunk_size}")
+
+    def probes(
+        self, objective: Objective, weights: Weights, directions: Iterable[Direction], stencil: Stencil, state: State
+    ) -> Iterator[Probe]:
+        """Yield the directions of one chunk after the other."""
+        drawn = list(directions)
+        if not drawn:  # of this process
+            return
+        offsets = [offset for offset in stencil.offsets if offset]
+        centre = first = None
+        with _Largest() if self.chunk_size is None else nullcontext() as largest:
+            if 0.0 in stencil.offsets:
+                centre = state.loss_at(objective, weights, _here(weights))
+            else:
+                first = state.loss_along(objective, weights, drawn[0], offsets[0] * stencil.mu)
+        if hidden := [name for name in weights.names if not state.visible[name]]:
+            raise ValueError(
+                f"Batched has to see every use of a weight, and none of {', '.join(hidden[:5])} shows: freeze what is "
+                "not used, or take OneByOne()"
+            )
+        size = min(self.chunk_size or _fitting(weights, len(offsets), largest.bytes if largest else 0), len(drawn))
+        for begin in range(0, len(drawn), size):
+            chunk = drawn[begin : begin + size]
+            done = [first] if begin == 0 and first is not None else []
+            seen, distances = self._points(weights, chunk, [offset * stencil.mu for offset in offsets], size, state)
+            rows = slice(len(done), None)
+            seen = [[t[rows] for t in one] if isinstance(one, list) else one[rows] for one in seen]
+            losses = done + (losses_at(objective, weights, seen, distances[rows]) if len(done) < len(distances) else [])
+            for index, direction in enumerate(chunk):
+                if begin == index == 0 and direction.held is not None:  # which becomes the estimate
+                    direction.held = Vector.like(weights).copy_(direction.held)
+                along = Told([*([] if centre is None else [centre]), *losses[index :: len(chunk)]])
+                yield from along.probes(objective, weights, [direction], stencil, state)
+
+    def _points(
+        self, weights: Weights, chunk: list[Direction], moves: list[float], size: int, state: State
+    ) -> tuple[list[Displaced], Tensor]:
+        """What the uses of each weight see at the points of a chunk, in the order of moves, then of directions."""
+        count = len(chunk)
+        distances = torch.tensor(moves, dtype=weights[0].dtype, device=weights[0].device).repeat_interleave(count)
+        distribution = chunk[0].distribution
+        if isinstance(distribution, LowRank):
+            factored = [p.ndim > 1 and not p.is_complex() and k not in weights.still for k, p in enumerate(weights)]
+            seen: list[Displaced] = []
+            for k, p in enumerate(weights):
+                if factored[k]:
+                    pairs = [distribution.factors(p, direction, k) for direction in chunk]
+                    a, b = (torch.stack(of).to(p.dtype).repeat(len(moves), 1, 1) for of in zip(*pairs, strict=True))
+                    seen.append([a / math.sqrt(distribution.rank), b])
+                else:
+                    u = torch.stack([direction[k] for direction in chunk])
+                    seen.append(torch.cat([torch.add(p.detach(), u, alpha=move) for move in moves]))
+            return seen, distances
+        u, points = state.scratch("batch", weights, size), state.scratch("batch's points", weights, size * len(moves))
+        for index, direction in enumerate(chunk):
+            direction.hold(u.row(index))
+        for k, p in enumerate(weights):
+            for turn, move in enumerate(moves):
+                rows = slice(turn * count, (turn + 1) * count)
+                torch.add(p.detach(), u[k][:count], alpha=move, out=points[k][rows])
+        return [point[: count * len(moves)] for point in points], distances
+
+
+def _fitting(weights: Weights, moves: int, largest: int) -> int:
+    """How many directions fit into half of the free memory, if a pass takes three times its largest tensor."""
+    device = weights[0].device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 31
+    own = sum(p.numel() * p.element_size() for p in weights)
+    return max(1, free // 2 // (own + moves * (own + 3 * largest)))
+
+
+class _Largest(TorchDispatchMode):
+    """Context of a pass: the bytes of its largest tensor."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for one in output if isinstance(output, list | tuple) else [output]:
+            if isinstance(one, torch.Tensor):
+                self.bytes = max(self.bytes, one.numel() * one.element_size())
+        return output
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class Objective:
     def probe(self, cost: int = 1) -> Iterator[None]:
         """Guard one forward pass, for estimators that call ``loss`` themselves; it counts as ``cost``."""
         self._cost = cost
-        with self.guard():
+        with nullcontext() if self._guarded else self.guard():
             try:
                 _seed(self._generators, self.seed)
                 torch.clear_autocast_cache()

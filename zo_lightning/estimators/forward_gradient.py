@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zo_lightning.directions import Direction, Directions, Gaussian, mix
+from zo_lightning.counter import mix
+from zo_lightning.directions import Direction, Directions, Gaussian
 from zo_lightning.distributed import Distributed
 from zo_lightning.estimators.base import Estimate, check_samples, resolve_seed, trained
 from zo_lightning.estimators.weight_space import Probe, WeightSpace

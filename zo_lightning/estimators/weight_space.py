@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.directions import Coordinate, Direction, Directions
+from zo_lightning.directions import Coordinate, Direction, Directions, Vector
 from zo_lightning.distributed import Distributed, Probed, world_size
 from zo_lightning.estimators.base import Estimate, GradientEstimator, resolve_seed
 from zo_lightning.objective import NonFiniteLoss, Objective
@@ -113,20 +113,20 @@ class WeightSpace(GradientEstimator, ABC):
 def average(weights: Weights, probes: Iterable[Probe], samples: int) -> Estimate:
     """``(1/q) Σᵢ cᵢ uᵢ`` and the mean loss, from ``q`` triples (``uᵢ``, loss, ``cᵢ``); held tensors are used up."""
     total, slopes = 0.0, []
-    gradients: list[Tensor] = []
+    gradients: Vector | None = None
     lean: list[tuple[Direction, float]] = []
     for direction, loss, slope in probes:
         total += loss
         slopes.append(slope)
         if direction.held is None:
             lean.append((direction, slope / samples))
-        elif not gradients:
-            gradients = [u.mul_(slope / samples) for u in direction.held]
+        elif gradients is None:
+            gradients = direction.held.mul_(slope / samples)
         else:
-            for gradient, u in zip(gradients, direction.held, strict=True):
-                gradient.add_(u, alpha=slope / samples)
+            gradients.add_(direction.held, alpha=slope / samples)
     loss = torch.tensor(total / samples, device=weights[0].device)
-    return Estimate(loss, _one_by_one(weights, lean) if lean else zip(weights, gradients, strict=True), tuple(slopes))
+    found = zip(weights, gradients, strict=True) if gradients else _one_by_one(weights, lean)
+    return Estimate(loss, found, tuple(slopes))
 
 
 def _one_by_one(weights: Weights, lean: list[tuple[Direction, float]]) -> Iterator[tuple[nn.Parameter, Tensor]]:

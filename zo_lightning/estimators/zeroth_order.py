@@ -7,7 +7,8 @@ from statistics import fmean
 from torch import nn
 from typing_extensions import Self
 
-from zo_lightning.directions import Direction, Directions, Sphere, mix
+from zo_lightning.counter import mix
+from zo_lightning.directions import Direction, Directions, Sphere
 from zo_lightning.distributed import Distributed
 from zo_lightning.estimators.base import Estimate, check_samples, resolve_seed, trained
 from zo_lightning.estimators.weight_space import Probe, WeightSpace
@@ -77,4 +78,4 @@ class ZerothOrder(WeightSpace):
                 loss = losses[offsets.index(0.0)] if 0.0 in offsets else fmean(losses)
                 yield direction, loss, self.stencil.slope(losses)
 
-        return self.estimate_along(objective, weights, step, state, lean, probes)
+        return self.estimate_along(objective, weights, step, state, lean or self.evaluation.draws, probes)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from zo_lightning.directions import Direction
+from zo_lightning.directions import Direction, Vector
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.weights import DisplacedWeights, Recent, Value, Weights
 
@@ -27,7 +27,7 @@ class State:
 
     def __init__(self) -> None:
         self.visible: dict[str, bool] = {}
-        self._scratch: dict[str, tuple[list[Tensor], Weights | None]] = {}
+        self._scratch: dict[str, tuple[Vector, Weights]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how a run goes on, as plain containers and tensors."""
@@ -85,23 +85,30 @@ class State:
                 return torch.add(weights[position].detach(), u, alpha=distance, out=u).requires_grad_()
 
             return Recent(weights, moved)
-        points = [point.requires_grad_() for point in self.scratch("points", weights)]
-        torch._foreach_copy_(points, [p.detach() for p in weights])
-        torch._foreach_add_(points, direction.held, alpha=distance)
+        points = self.scratch("points", weights)
+        for p, u, point in zip(weights.params, direction.held, points, strict=True):
+            torch.add(p, u, alpha=distance, out=point.requires_grad_(False))
+            point.requires_grad_()
         return points.__getitem__
 
-    def scratch(self, name: str, weights: Weights) -> list[Tensor]:
-        """Tensors like the weights, whose memory is kept from one step to the next.
+    def scratch(self, name: str, weights: Weights, rows: int | None = None) -> Vector:
+        """Tensors like the weights, or [rows, ...], whose memory is kept from one step to the next.
 
         Memory that is given back and asked for again comes as new pages, each at the price of a page fault: on a net of
         2.8 million weights those took longer than the arithmetic of the whole step.
         """
-        kept, of = self._scratch.get(name, ([], None))
-        if of is not weights:  # of an earlier step
-            if len(kept) != len(weights) or not all(map(_alike, kept, weights)):
-                kept = [torch.empty_like(p) for p in weights]
+        kept, of = self._scratch.get(name, (None, None))
+        if kept is None or of is not weights:  # of an earlier step
+            if kept is None or not _fits(kept, weights, rows):
+                kept = Vector.like(weights) if rows is None else Vector.stack(weights, rows)
             self._scratch[name] = kept, weights
         return kept
+
+
+def _fits(kept: Vector, weights: Weights, rows: int | None) -> bool:
+    if len(kept) != len(weights) or (rows is not None and len(kept[0]) != rows):
+        return False
+    return all(map(_alike, kept if rows is None else kept.row(0), weights))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -147,20 +148,18 @@ class DisplacedWeights(TorchFunctionMode):
         """Run one function with displaced weights among its arguments, lists and dictionaries of them included."""
         if func in ASKS:
             return func(*args, **kwargs)
-        if self.before_write is not None and args and writes(func):
+        if args and self.before_write is not None and writes(func):
             for tensor in args[0] if isinstance(args[0], list | tuple) else args[:1]:
                 self.before_write(tensor)
-        get, given = self.positions.get, []
+        positions, given = self.positions, []
         for argument in args:  # as _displaced does, in the loop that every function of a pass goes through
-            position = get(id(argument))
-            if position is not None:
-                self.seen.add(position)
-                given.append(self.value(position))
-            else:
-                given.append(self._displaced(argument) if type(argument) in _CONTAINERS else argument)
-        if not kwargs:
-            return func(*given)
-        return func(*given, **{name: self._displaced(value) for name, value in kwargs.items()})
+            if id(argument) in positions or type(argument) in _CONTAINERS:
+                argument = self._displaced(argument)
+            given.append(argument)
+        for name, argument in kwargs.items():
+            if id(argument) in positions or type(argument) in _CONTAINERS:
+                kwargs = {**kwargs, name: self._displaced(argument)}
+        return func(*given, **kwargs)
 
     def _displaced(self, argument: Any) -> Any:
         position = self.positions.get(id(argument))
@@ -168,6 +167,8 @@ class DisplacedWeights(TorchFunctionMode):
             self.seen.add(position)
             return self.value(position)
         if type(argument) in (list, tuple):
+            if {*map(type, argument)} <= _NUMBERS:  # a stride, a shape
+                return argument
             return type(argument)(map(self._displaced, argument))
         if type(argument) is dict:
             return {key: self._displaced(value) for key, value in argument.items()}
@@ -175,6 +176,7 @@ class DisplacedWeights(TorchFunctionMode):
 
 
 _CONTAINERS = {list, tuple, dict}
+_NUMBERS = {int, float, bool}
 _ATTRIBUTES = (
     *(
         "shape",
@@ -204,6 +206,7 @@ _OPERATORS = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floor
 _OPERATORS |= {"__setitem__", "__set__"}
 
 
+@lru_cache(1024)
 def writes(func: Callable[..., Any]) -> bool:
     """Whether a function writes into its first argument, by PyTorch's convention of names."""
     name = getattr(func, "__name__", "")

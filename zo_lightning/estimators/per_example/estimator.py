@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from zo_lightning.directions import mix
+from zo_lightning.counter import mix
 from zo_lightning.distributed import Distributed, finite_everywhere
 from zo_lightning.estimators.base import Estimate, GradientEstimator, Loss, check_samples, resolve_seed, trained
 from zo_lightning.estimators.per_example.feedback import Shrinkage

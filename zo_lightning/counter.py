@@ -1,0 +1,135 @@
+"""Random bits by counter: any part of any stream can be computed by itself, on any device, and is always the same.
+
+The generator is Philox-4x64-10 (Salmon, Moraes, Dror & Shaw, *Parallel random numbers: as easy as 1, 2, 3*, 2011), a
+bijection of a counter of 256 bits for each key of 128. Streams are told apart by key and counter, not by a hash: no two
+of them share a block.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ALIGNMENT = 256
+"""Numbers of a stream begin to be drawn at multiples of this: at whole blocks, whatever their bits."""
+
+_WORD = (1 << 64) - 1
+_HALF = (1 << 32) - 1
+_PIECE = 1 << 20  # numbers drawn at once: what is beside them takes little memory
+_COPIED = 1 << 18  # so many words or fewer are computed by the CPU for other devices: some hundred kernels take longer
+_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+
+
+def mix(*words: int) -> int:
+    """Hash integers to one of 64 bits: the seed of a random stream that belongs to these words alone.
+
+    Each word is absorbed by the finaliser of SplitMix64 (Steele, Lea & Flood, *Fast splittable pseudorandom number
+    generators*, 2014), so neighbouring seeds, steps and indices give unrelated streams.
+    """
+    state = 0
+    for word in words:
+        state = (state + (word & _WORD) + 0x9E3779B97F4A7C15) & _WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+        state ^= state >> 31
+    return state
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The random numbers of one direction; those of another seed, step or index are unrelated.
+
+    Attributes:
+        seed: of the run, of which 64 bits count.
+        step: of the training.
+        index: of the direction within the step.
+    """
+
+    seed: int
+    step: int
+    index: int
+
+    def words(self, block: int, count: int, device: torch.device) -> Tensor:
+        """``count`` words of 64 random bits from the given block of four on, [count], int64."""
+        if device.type == "cpu" or count <= _COPIED:
+            counter = (block | (self.index & _WORD) << 64) - 1 & (1 << 256) - 1  # NumPy begins one later
+            generator = np.random.Philox(counter=counter, key=(self.seed & _WORD) | (self.step & _WORD) << 64)
+            return torch.from_numpy(generator.random_raw(count).view(np.int64)).to(device)
+        blocks = torch.arange(block, block + -(-count // 4), device=device)
+        zero = torch.zeros_like(blocks)
+        counters = torch.stack([blocks, zero + _signed(self.index), zero, zero])
+        return philox(counters, (self.seed, self.step)).T.reshape(-1)[:count]
+
+    def signs(self, out: Tensor, start: int) -> None:
+        """Write independent signs ±1, those from ``start`` on, a multiple of ``ALIGNMENT``: one bit for each."""
+        signs = _signs(out.device, out.dtype)
+        for begin, piece in _pieces(out):
+            rows = -(-len(piece) // 8)
+            bits = self.words((start + begin) // 256, -(-rows // 8), out.device).view(torch.uint8).int()
+            whole = len(piece) // 8
+            torch.index_select(signs, 0, bits[:whole], out=piece[: 8 * whole].view(whole, 8))
+            if rows > whole:
+                piece[8 * whole :] = signs[bits[whole]][: len(piece) - 8 * whole]
+
+    def normals(self, out: Tensor, start: int) -> None:
+        """Write independent standard normal numbers, those from ``start`` on, a multiple of ``ALIGNMENT``.
+
+        A number has 16 bits: they choose one of 65,536 equally likely values, the quantiles of the normal distribution
+        up to ±4.3, with mean 0 and variance 1. So numbers are the same on every device, to the last bit.
+        """
+        quantiles = _quantiles(out.device, out.dtype)
+        for begin, piece in _pieces(out):
+            words = self.words((start + begin) // 16, -(-len(piece) // 4), out.device)
+            torch.index_select(quantiles, 0, words.view(torch.uint16).int()[: len(piece)], out=piece)
+
+
+def philox(counters: Tensor, key: tuple[int, int]) -> Tensor:
+    """Philox-4x64-10 in PyTorch's int64 arithmetic, which wraps: [4, n] words of as many counters."""
+    device = counters.device
+    multipliers = torch.tensor([[_signed(m)] for m in _MULTIPLIERS], device=device)
+    high, low = _upper(multipliers), multipliers & _HALF
+    multiplied, kept = counters[::2], counters[1::2]
+    for turn in range(10):
+        keys = torch.tensor([[_signed(k + turn * w)] for k, w in zip(key, _WEYL, strict=True)], device=device)
+        # The upper words of the products of 64 bits, from products of halves.
+        x_high, x_low = _upper(multiplied), multiplied & _HALF
+        cross, other = x_high * low, x_low * high
+        carry = (_upper(x_low * low) + (cross & _HALF) + (other & _HALF)) >> 32
+        upper = x_high * high + _upper(cross) + _upper(other) + carry
+        multiplied, kept = upper.flip(0) ^ kept ^ keys, (multiplied * multipliers).flip(0)
+    return torch.stack([multiplied, kept], 1).view(4, -1)
+
+
+def _upper(x: Tensor) -> Tensor:
+    return (x >> 32) & _HALF
+
+
+def _signed(word: int) -> int:
+    word &= _WORD
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _pieces(out: Tensor) -> Iterator[tuple[int, Tensor]]:
+    if out.device.type != "cpu" or len(out) <= _PIECE:
+        yield 0, out
+    else:
+        yield from zip(range(0, len(out), _PIECE), out.split(_PIECE), strict=True)
+
+
+@lru_cache
+def _signs(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The eight signs that a byte stands for, [256, 8]."""
+    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    return (2 * bits - 1).to(device, dtype)
+
+
+@lru_cache
+def _quantiles(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Equally likely values of a normal number, [65536], with mean 0 and variance 1."""
+    half = torch.special.ndtri((torch.arange(32768, dtype=torch.float64) + 0.5) / 65536)
+    half /= half.square().mean().sqrt()
+    return torch.cat([half, -half.flip(0)]).float().to(device, dtype)
