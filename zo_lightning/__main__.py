@@ -11,7 +11,7 @@ def main(args: list[str] | None = None) -> int:
     if words == ["--version"]:  # answered before anything heavy is imported
         print(f"zo-lightning {version()}")
         return 0
-    from zo_lightning.cli import main as run
+    from zo_lightning.commands import main as run
 
     return run(args)
 

@@ -1,6 +1,5 @@
-"""The command line: LightningCLI with short class names, one embedded default and errors of one or two lines."""
+"""``fit``, ``validate``, ``test`` and ``predict``: LightningCLI with short class names and one embedded default."""
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +14,17 @@ from pytorch_lightning.cli import (
     LRSchedulerCallable,
     OptimizerCallable,
 )
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from zo_lightning.callbacks.exact_resume import ExactResume, saved_state
 from zo_lightning.callbacks.gradient_free import GradientFree
 from zo_lightning.callbacks.last_checkpoint import LastCheckpoint, telling_exit_code
 from zo_lightning.callbacks.predictions import WritePredictions
+from zo_lightning.callbacks.trajectory_log import TrajectoryLog
 from zo_lightning.callbacks.weight_similarity import check_reference
 from zo_lightning.checkpoint_io import with_atomic_checkpoints
 from zo_lightning.checkpoints import check_complete, check_optimizer, check_weights, read_checkpoint
-from zo_lightning.cli_errors import DISK, UserError, innermost
+from zo_lightning.cli_errors import UserError, innermost
 from zo_lightning.cli_parser import (
     ENVIRONMENT,
     Parser,
@@ -37,17 +37,16 @@ from zo_lightning.cli_parser import (
 )
 from zo_lightning.curves import continue_curves
 from zo_lightning.data import InMemoryDataModule
-from zo_lightning.distributed import ProcessLost, WeightsDiverged, tells_of_loss
 from zo_lightning.estimators import GradientEstimator
-from zo_lightning.modules import Classifier, EstimatedGradient, TrainingDiverged
+from zo_lightning.modules import Classifier, EstimatedGradient
 from zo_lightning.modules.configured import configured
 from zo_lightning.modules.driver import driver_of
-from zo_lightning.replay.command import COMMANDS as RUN_COMMANDS
-from zo_lightning.replay.command import export_command, replay_command
+from zo_lightning.replay.command import COMMANDS as OF_RUNS
 from zo_lightning.runs import find_checkpoint, named_folders, own_folder, settle_in
-from zo_lightning.study.command import COMMANDS as STUDY_COMMANDS
-from zo_lightning.study.command import report, study
+from zo_lightning.study.command import COMMANDS as OF_STUDIES
 from zo_lightning.study.folder import FINISHED
+
+_OTHERS = "There are also " + ", ".join(f"`{name}` ({what})" for name, what in {**OF_STUDIES, **OF_RUNS}.items()) + "."
 
 
 class CLI(LightningCLI):
@@ -76,7 +75,7 @@ class CLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             parser_kwargs={
-                "description": f"Train by forward passes or by backpropagation. {_others()}",
+                "description": f"Train by forward passes or by backpropagation. {_OTHERS}",
                 **environment,
                 **by_subcommand,
             },
@@ -87,6 +86,7 @@ class CLI(LightningCLI):
         """Add what every run has, checkpoints and a progress bar, and the link from the data's classes to the model."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(TrajectoryLog, "trajectory_log")
         parser.add_lightning_class_args(TQDMProgressBar, "progress_bar")
         parser.set_defaults(defaults(self.foreign))
         parser.add_argument(
@@ -161,6 +161,7 @@ class CLI(LightningCLI):
         off = {
             "checkpoint": "enable_checkpointing",
             "last_checkpoint": "enable_checkpointing",
+            "trajectory_log": "enable_checkpointing",
             "progress_bar": "enable_progress_bar",
         }
         wanted = [key for key in off if options.get(off[key]) is not False and not options.get("barebones")]
@@ -171,6 +172,8 @@ class CLI(LightningCLI):
         if any(isinstance(one, ExactResume) for one in given) or options.get("barebones"):
             first = []
         own.pop("last_checkpoint", None)
+        if self.subcommand != "fit":
+            own.pop("trajectory_log", None)
         callbacks = list(own.values())
         if self.subcommand == "predict":
             callbacks.append(WritePredictions())
@@ -285,52 +288,9 @@ class CLI(LightningCLI):
             print(f"The run is in {Path(folder)}; to see its curves: tensorboard --logdir {Path(folder).parent}")
 
 
-def main(args: list[str] | None = None) -> int:
-    """Run a command line; return its exit code: 0, 1 where a run failed, 2 where it was not begun."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
-    words = sys.argv[1:] if args is None else args
-    if "" not in sys.path and (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # a console script does not look there, unlike `python -m`
-    try:
-        if words and words[0] in ("study", "report"):
-            return (study if words[0] == "study" else report)(words[1:], fit)
-        if words and words[0] in ("replay", "export"):
-            return (replay_command if words[0] == "replay" else export_command)(words[1:])
-        CLI(args)
-    except UserError as error:
-        return _fail(error, 2)
-    except (TrainingDiverged, WeightsDiverged, ProcessLost, MisconfigurationException) as error:
-        return _fail(error, 1)
-    except RuntimeError as error:
-        if not tells_of_loss(error):
-            raise
-        return _fail(error, 1)
-    except SIGTERMException as stop:
-        return int(stop.code or 143)
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        return _fail(OSError(f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}"), 1)
-    return 0
-
-
 def fit(words: Sequence[str]) -> Trainer:
     """Run ``fit`` with these words and return its trainer; what goes wrong is raised."""
     return CLI(["fit", *words]).trainer
-
-
-def _fail(error: Exception, code: int) -> int:
-    print(f"zo-lightning: error: {error}", file=sys.stderr)
-    return code
-
-
-def _others() -> str:
-    commands = {**STUDY_COMMANDS, **RUN_COMMANDS}
-    return "There are also " + ", ".join(f"`{name}` ({what})" for name, what in commands.items()) + "."
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless" not in record.getMessage()
 
 
 def _set_reference(trainer: Trainer, reference: str) -> None:

@@ -1,0 +1,57 @@
+"""All subcommands of ``zo-lightning``, and what a shell is told of how they ended."""
+
+import logging
+import sys
+from pathlib import Path
+
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from zo_lightning.cli import CLI, fit
+from zo_lightning.cli_errors import DISK, UserError
+from zo_lightning.distributed import ProcessLost, WeightsDiverged, tells_of_loss
+from zo_lightning.modules import TrainingDiverged
+from zo_lightning.replay.command import export_command, replay_command
+from zo_lightning.study.command import report, study
+
+_COMMANDS = {
+    "study": lambda words: study(words, fit),
+    "report": lambda words: report(words, fit),
+    "replay": replay_command,
+    "export": export_command,
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run a command line; return its exit code: 0, 1 where a run failed, 2 where it was not begun."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
+    words = sys.argv[1:] if args is None else args
+    if "" not in sys.path and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # a console script does not look there, unlike `python -m`
+    try:
+        if words and words[0] in _COMMANDS:
+            return _COMMANDS[words[0]](words[1:])
+        CLI(args)
+    except UserError as error:
+        return _fail(error, 2)
+    except (TrainingDiverged, WeightsDiverged, ProcessLost, MisconfigurationException) as error:
+        return _fail(error, 1)
+    except RuntimeError as error:
+        if not tells_of_loss(error):
+            raise
+        return _fail(error, 1)
+    except SIGTERMException as stop:
+        return int(stop.code or 143)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        return _fail(OSError(f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}"), 1)
+    return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"zo-lightning: error: {error}", file=sys.stderr)
+    return code
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless" not in record.getMessage()
