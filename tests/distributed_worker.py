@@ -109,7 +109,8 @@ def estimates(rank: int) -> dict[str, Tensor]:
     """One estimate of every kind, each rank with the part of the batch that the split gives it."""
     join()
     kinds = [("ForwardGradient", split, q) for split, q in SPLITS] + [("PerExample", split, q) for split, q in SPLITS]
-    return {
+    unseeded = zo.ForwardGradient(samples=2, distributed=zo.Distributed("both"))
+    return {"unseeded": one_estimate(unseeded, part("both", rank), seed=3)} | {
         f"{name} {split} {q}": one_estimate(estimator(name, split, q), part(split, rank)) for name, split, q in kinds
     }
 
@@ -118,9 +119,10 @@ def part(split: str, rank: int, size: int = 2) -> slice:
     return slice(None) if split == "directions" else slice(rank, None, size)
 
 
-def one_estimate(estimator: zo.GradientEstimator, part: slice) -> Tensor:
+def one_estimate(estimator: zo.GradientEstimator, part: slice, seed: int = 0) -> Tensor:
     model = net().eval()
     x, y = (t[part] for t in batch(0))
+    torch.manual_seed(seed)
     state = estimator.init(model)
     estimator.backward(lambda: nn.functional.cross_entropy(model(x), y, reduction="none"), model, 0, state)
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

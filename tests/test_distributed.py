@@ -78,6 +78,11 @@ def test_estimates_along_directions_are_the_mean_over_ranks(
     assert float((found - expected).norm()) < 1e-5 * float(expected.norm())
 
 
+def test_without_a_seed_directions_are_those_of_pytorchs(estimates: dict[str, Tensor]) -> None:
+    """Those that are probed and those that the update draws, though probes set PyTorch's seed between."""
+    assert torch.equal(estimates["unseeded"], estimates["ForwardGradient both 2"])
+
+
 @pytest.mark.parametrize(("split", "samples"), worker.SPLITS)
 def test_estimates_per_example_are_the_mean_over_ranks(
     estimates: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, split: str, samples: int

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +169,18 @@ def test_law_2_replay(u: Directions, kurtosis: float) -> None:
         assert torch.equal(flat([direction[1], direction[0]][::-1]), drawn[key]), "a tensor at a time, in any order"
     if not isinstance(u, Coordinate):  # of which there are only d
         assert len({tuple(value.tolist()) for value in drawn.values()}) == len(keys)
+
+
+@weight_space
+def test_law_2_without_a_seed_it_is_that_of_pytorch(make: Callable[[Directions, int], GradientEstimator]) -> None:
+    """In all directions of a step, though probes set PyTorch's seed for their own random numbers."""
+    seeded: Any = make(Gaussian(), 3)
+    ends = []
+    for seed in (7, None):
+        net, loss = problem()
+        torch.manual_seed(7)
+        ends.append(estimated(replace(seeded, seed=seed), loss, net))
+    assert torch.equal(*ends)
 
 
 @directions

@@ -56,7 +56,11 @@ class WeightSpace(GradientEstimator, ABC):
 
         All but the first, whose tensors become the estimate, are drawn into the same memory.
         """
-        seed = resolve_seed(self.seed)
+        return self._drawn(resolve_seed(self.seed), weights, step, state, lean, indices)
+
+    def _drawn(
+        self, seed: int, weights: Weights, step: int, state: State, lean: bool, indices: Iterable[int]
+    ) -> Iterator[Direction]:
         for index in indices:
             direction = self.directions.draw(weights, seed, step, index, weights.still)
             yield direction if lean else direction.hold(state.scratch("direction", weights) if index else None)
@@ -85,7 +89,8 @@ class WeightSpace(GradientEstimator, ABC):
         Raises:
             NonFiniteLoss: a loss of any process is NaN or infinite.
         """
-        drawn = partial(self.draw, weights, step, state, lean)
+        seed = resolve_seed(self.seed)  # that of PyTorch is another one from the first probe on
+        drawn = partial(self._drawn, seed, weights, step, state, lean)
         with objective.guard():
             if world_size() == 1:
                 return average(weights, probes(drawn(range(self.samples))), self.samples)
@@ -95,7 +100,7 @@ class WeightSpace(GradientEstimator, ABC):
                 probed.extend((loss, slope) for _, loss, slope in probes(drawn(own)))
             except NonFiniteLoss as error:  # the others learn of it with the losses
                 probed = [(error.value, error.value)] * len(own)
-            exchanged = self.distributed.exchange(probed, self.samples, weights, resolve_seed(self.seed), step)
+            exchanged = self.distributed.exchange(probed, self.samples, weights, seed, step)
             pairs = zip(drawn(range(self.samples)), exchanged, strict=True)
             return average(weights, ((direction, *pair) for direction, pair in pairs), self.samples)
 
