@@ -1,7 +1,7 @@
 """Other people's modules and Lightning's features under an estimator: what docs/compatibility.md says of each, run.
 
-Every row is trained by the mixin and by the callback. A row that works has moved weights that are finite, after as many
-steps as automatic optimization would take; one that is refused raises, before anything is trained, what the page says.
+Every row is trained by the mixin and by the callback. A row that works has the same weights by both, finite and moved,
+after as many steps as automatic optimization takes; one that is refused raises what the page says before it is trained.
 """
 
 import re
@@ -71,12 +71,12 @@ class Lit(LightningModule):
         return type(self).data()
 
 
-def lit(net: Callable[[], nn.Module], data: Callable[[], DataLoader[Any]] = vectors) -> type[Lit]:
+def lit(net: Callable[[], nn.Module], data: Callable[[], DataLoader[Any]] = vectors, seed: int = 0) -> type[Lit]:
     """A class of modules of one net."""
 
     class OfNet(Lit):
         def __init__(self) -> None:
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             super().__init__(net())
 
     OfNet.data = staticmethod(data)
@@ -237,11 +237,11 @@ class Language(LightningTransformer):
         return loader(x, x.roll(-1, 1))
 
 
-def resnet() -> type[Lit]:
+def resnet(seed: int = 0) -> type[Lit]:
     from torchvision.models import resnet18
 
-    images = torch.randn(EXAMPLES, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return lit(lambda: resnet18(num_classes=3), lambda: loader(images, torch.arange(EXAMPLES) % 3))
+    images = torch.randn(EXAMPLES, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return lit(lambda: resnet18(num_classes=3), lambda: loader(images, torch.arange(EXAMPLES) % 3), seed)
 
 
 def bert() -> type[Lit]:
@@ -396,6 +396,7 @@ def fit(case: Case, tmp_path: Path, by: str) -> tuple[LightningModule, Trainer, 
         base = type("Mixed", (zo.EstimatedGradient, base), {"estimator": case.estimator})
     elif by == "callback":
         callbacks.append(zo.GradientFree(case.estimator))
+    torch.manual_seed(0)
     module = base()
     barebones = settings.get("barebones", False)
     quiet: dict[str, Any] = (
@@ -418,23 +419,37 @@ def fit(case: Case, tmp_path: Path, by: str) -> tuple[LightningModule, Trainer, 
     return module, made, before
 
 
-@pytest.mark.parametrize("by", ["mixin", "callback"])
 @pytest.mark.parametrize(("title", "name"), ROWS, ids=[name for _, name in ROWS])
 @pytest.mark.filterwarnings("ignore")
-def test_row(title: str, name: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row(title: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     case = TABLES[title][name]
     if case.refusal is not None:
-        with pytest.raises(MisconfigurationException, match=re.escape(case.refusal)):
-            fit(case, tmp_path, by)
+        for by in ("mixin", "callback"):
+            with pytest.raises(MisconfigurationException, match=re.escape(case.refusal)):
+                fit(case, tmp_path, by)
         return
-    module, made, before = fit(case, tmp_path, by)
+    module, made, before = fit(case, tmp_path, "mixin")
     assert made.global_step == fit(case, tmp_path, "automatic")[1].global_step > 0
     after = dict(module.named_parameters())
     assert all(p.isfinite().all() for p in after.values())
     assert not before or any(
         not torch.equal(p.detach().to(before[n].dtype), before[n]) for n, p in after.items() if n in before
     )
+    other = dict(fit(case, tmp_path, "callback")[0].named_parameters())
+    assert all(torch.equal(p, other[name]) for name, p in after.items())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("estimator", [zo.Backprop(), zo.ZerothOrder(seed=0)], ids=["backprop", "zeroth_order"])
+@pytest.mark.filterwarnings("ignore")
+def test_resnet_18_by_mixin_and_callback(estimator: zo.GradientEstimator, seed: int, tmp_path: Path) -> None:
+    case = Case(lambda: resnet(seed), trainer(max_steps=3, limit_val_batches=0), estimator=estimator)
+    by_mixin, by_callback = (dict(fit(case, tmp_path, by)[0].state_dict()) for by in ("mixin", "callback"))
+    assert all(torch.equal(value, by_callback[name]) for name, value in by_mixin.items())
+    if estimator.is_exact:
+        automatic = dict(fit(case, tmp_path, "automatic")[0].state_dict())
+        assert all(torch.equal(value, automatic[name]) for name, value in by_mixin.items())
 
 
 def test_the_page_lists_every_row() -> None:
