@@ -147,7 +147,7 @@ class EstimatedAccuracy(EstimatedGradient, Accuracy):
 
 
 def test_a_loss_without_gradient_is_said_once(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="GradientAlignment does nothing: the loss has no gradient"):
+    with pytest.warns(UserWarning, match="GradientAlignment does nothing: backpropagation needs the graph of the loss"):
         trainer(tmp_path, GradientAlignment(1)).fit(EstimatedAccuracy(), batches())
     assert not (tmp_path / "scalars.csv").exists()
 

@@ -161,14 +161,15 @@ def test_learning_rates_are_those_of_automatic_optimization(form: str, options: 
 
 
 @every_way
-def test_a_module_without_optimizer(way: str, tmp_path: Path) -> None:
+def test_no_optimizer_is_refused(way: str, tmp_path: Path) -> None:
     class Without(Net):
         def configure_optimizers(self) -> Any:
             return None
 
-    before = [p.clone() for p in Without().parameters()]
-    module = fitted(Without, way, ZO, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    with pytest.raises(
+        MisconfigurationException, match=r"Without.configure_optimizers gave no optimizer: nothing would"
+    ):
+        fitted(Without, way, ZO, tmp_path)
 
 
 class Smooth(Net):
