@@ -130,6 +130,7 @@ class Hidden(nn.Module):
         return self.inner(x).tanh() * float(self.odd.exp())
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor:UserWarning")
 def test_a_use_that_nothing_shows_is_found() -> None:
     torch.manual_seed(0)
     net, x = Hidden().double(), tensor(B, E)
