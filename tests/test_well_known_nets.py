@@ -45,7 +45,9 @@ def resnet() -> Problem:
 def bert() -> Problem:
     transformers: Any = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.BertConfig(vocab_size=WORDS, num_labels=3, hidden_dropout_prob=0.0, **sizes)
+    config = transformers.BertConfig(
+        vocab_size=WORDS, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes
+    )
     net = transformers.BertForSequenceClassification(config)
     words, y = torch.randint(WORDS, (B, T)), torch.randint(3, (B,))
     return net, lambda: F.cross_entropy(net(input_ids=words).logits, y, reduction="none")
@@ -88,7 +90,7 @@ def trained(name: str, estimator: GradientEstimator, rate: float, steps: int) ->
         ("boring", 1e-2, 20),
         ("lightnings_transformer", 1e-2, 80),
         ("resnet", 3e-3, 8),
-        ("bert", 1e-2, 20),
+        ("bert", 1e-2, 60),
         ("gpt2", 1e-2, 20),
     ],
 )

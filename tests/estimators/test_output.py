@@ -153,6 +153,28 @@ def test_the_output_is_found_and_teaches(name: str, way: Any) -> None:
     assert ran == 2 * 2 * calls, "two layers in two passes: no question about the loss alone runs one"
 
 
+def test_probabilities_whose_loss_is_a_logarithm() -> None:
+    """Moved by a step of a finite difference they may be negative, which is no loss."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), Probabilities(5, V)).double()
+    estimator = PerExample(feedback=1.0, seed=0)
+    state = estimator.init(net)
+
+    def losses() -> Tensor:
+        return -net(x).gather(1, y.unsqueeze(1)).squeeze(1).log()
+
+    for step in range(3):
+        estimator.backward(losses, net, step, state)
+    assert state.is_smooth and state.output == Output(("",), ((0, FIRST),))
+
+
+class Probabilities(nn.Linear):
+    """The softmax of large logits, most of it nearly 0."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (20 * super().forward(z)).softmax(1)
+
+
 def test_a_state_with_an_output_is_saved() -> None:
     state, *_ = estimated(PerExample(seed=0), "a penalty on what is between", 2)
     again = PerExampleState()

@@ -73,7 +73,7 @@ class Look:
             shared |= dict.fromkeys(self.weights.names, "the losses depend on nothing but weights")
         else:
             hidden = self._hidden(watched, losses, state)
-            shared |= dict.fromkeys(hidden, "code that is not PyTorch's reads it")
+            shared |= dict.fromkeys(hidden, "NumPy or Python reads it")
             state.hidden |= hidden
         for key, use in watched.uses.items():
             if key not in layouts:

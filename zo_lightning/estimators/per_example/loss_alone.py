@@ -10,7 +10,7 @@ from torch import Tensor
 from zo_lightning.directions import Rademacher
 from zo_lightning.estimators.per_example.containers import tensors_of
 from zo_lightning.estimators.per_example.output import Call, Output, returning
-from zo_lightning.objective import Objective
+from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.layouts import Layout, layouts_of
 
 EXACT = 16
@@ -84,7 +84,10 @@ class LossAlone:
         if error is None:
             return False
         direction = _SIGNS.draw([rows], seed, -2, 0)[0]
-        values, exact = self.slopes(rows, direction), (error * direction).sum(1)
+        try:
+            values, exact = self.slopes(rows, direction), (error * direction).sum(1)
+        except NonFiniteLoss:  # such as the logarithm of a probability that was moved below 0: no values to compare
+            return bool(error.isfinite().all())
         # A kink under one example's step, or rounding, moves this by far less than a missing factor or term.
         return bool(torch.linalg.vector_norm(values - exact) <= 0.1 * torch.linalg.vector_norm(values) + 1e-3)
 
@@ -95,7 +98,8 @@ class LossAlone:
 def find_output(objective: Objective, calls: Sequence[Call], losses: Tensor, seed: int) -> Output | None:
     """The tensors among what some calls returned on which the losses depend, each example's on its own.
 
-    Whether they do is tried by displacing them. None where they depend on none, or an example's place is not found.
+    Whether they do is tried by displacing them a little. None where they depend on none, an example's place is not
+    found, or a displaced output has no loss.
     """
     returned, modules = [call.output for call in calls], tuple(call.name for call in calls)
     tensors, examples = tensors_of(returned), len(losses)
@@ -105,7 +109,10 @@ def find_output(objective: Objective, calls: Sequence[Call], losses: Tensor, see
         if len(tensors) == 1 and tensor.ndim <= 2 and layouts[:1] == [Layout()] and len(layouts) == 1:
             return Output(modules, ((k, layouts[0]),))
         alone = LossAlone(objective, Output(modules, ((k, Layout()),)), returned)
-        layout = _layout(alone, k, tensor, layouts, losses, seed)
+        try:
+            layout = _layout(alone, k, tensor, layouts, losses, seed)
+        except NonFiniteLoss:
+            return None
         if layout is None:
             return None
         if layout:
@@ -117,15 +124,14 @@ def _layout(
     alone: LossAlone, k: int, tensor: Tensor, layouts: Sequence[Layout], losses: Tensor, seed: int
 ) -> list[Layout] | None:
     """Where a tensor has the examples; [] if the losses do not depend on it, None if the place is not found."""
-    examples = len(losses)
+    examples, size = len(losses), _MU * float(tensor.abs().mean()) + torch.finfo(tensor.dtype).eps
 
     def moved(rows: Tensor, layout: Layout) -> set[int]:
         signs = _SIGNS.draw([rows], seed, -2, k)[0]
         output = replace(alone.output, parts=((k, layout),))
         one = replace(alone, output=output)
-        change = one.losses(output.read(alone.returned, examples) + rows * signs * 0.1) - one.losses(
-            output.read(alone.returned, examples)
-        )
+        still = output.read(alone.returned, examples)
+        change = one.losses(still + rows * signs * size) - one.losses(still)
         return set(change.nonzero().flatten().tolist())
 
     usual = layouts[0] if layouts else None
