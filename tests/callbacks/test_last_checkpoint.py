@@ -264,6 +264,32 @@ def test_module_and_loader_of_somebody_else(
     assert curves(tmp_path / "whole") == curves(tmp_path / "a")
 
 
+@pytest.mark.parametrize("estimator", ["ZerothOrder", "PerExample"])
+def test_module_of_somebody_else_driven_by_the_callback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
+) -> None:
+    monkeypatch.setitem(globals(), "module", lambda _: Foreign())
+
+    def driven(folder: Path, *callbacks: Callback, resume: Path | None = None) -> LightningModule:
+        driver = zo.GradientFree(ESTIMATORS[estimator])
+        return fit(folder, zo.Backprop(), driver, *callbacks, resume=resume, check_val_every_n_epoch=2, max_epochs=4)
+
+    trained = driven(tmp_path / "whole")
+    with pytest.raises(SIGTERMException):
+        driven(tmp_path / "a", Stop(5, "SIGTERM after the step"))
+    again = driven(tmp_path / "a", resume=tmp_path / "a" / "checkpoints" / "last.ckpt")
+    assert same(dict(trained.state_dict()), dict(again.state_dict()))
+    assert curves(tmp_path / "whole") == curves(tmp_path / "a")
+
+
+def test_a_run_goes_on_from_its_best_checkpoint(tmp_path: Path, whole: dict[str, tuple[Path, LightningModule]]) -> None:
+    fit(tmp_path / "a", zo.Backprop(), max_steps=STEPS + 3)
+    best = tmp_path / "a" / "checkpoints" / "best.ckpt"
+    assert load_checked(best)["global_step"] == STEPS
+    again = fit(tmp_path / "b", zo.Backprop(), resume=best)
+    assert_same(whole["Backprop"][0], tmp_path / "b", whole["Backprop"][1], again)
+
+
 def test_error_after_weights_were_written_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     class Fails(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:

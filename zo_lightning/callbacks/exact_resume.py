@@ -36,6 +36,7 @@ class ExactResume(Callback):
         self._random: dict[str, Any] | None = None
         self._sums: dict[str, dict[str, Any]] = {}
         self._refilled: list[str] = []
+        self._metrics: dict[str, dict[str, Any]] = {}  # as a validation found them
         self._epoch_began: dict[str, Any] | None = None  # with which random numbers
 
     @property
@@ -54,7 +55,7 @@ class ExactResume(Callback):
             "epoch_began": self._epoch_began,
             "latest": {name: value.detach().clone() for name, value in trainer.callback_metrics.items()},
             "sums": _sums(trainer) if in_epoch else {},
-            "metrics": _metric_states(pl_module) if in_epoch else {},
+            "metrics": {} if not in_epoch else self._metrics if trainer.validating else _metric_states(pl_module),
             "curves": mark(trainer.loggers) if trainer.is_global_zero else [],
         }
 
@@ -107,6 +108,11 @@ class ExactResume(Callback):
             if (before := self._sums.pop(name, None)) is not None:
                 _merge(result, before)
         self._sums = {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the metrics: a validation that is stopped is begun again."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._metrics = _metric_states(pl_module)
 
     def _set_generators(self) -> None:
         if self.loaded:
