@@ -42,10 +42,9 @@ def settle(loops: dict[str, Any], point: Point) -> None:
 def go_on(trainer: Trainer, point: Point | None) -> None:
     """Let the loops go on from ``point``; called in ``on_train_start``, after Lightning has loaded the counters."""
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    fit._restarting = False  # else no plateau is looked for at the end of this epoch, for want of metrics
     if point == "epoch":
-        # With max_steps Lightning would take the epoch that has ended for one that has not.
-        fit._restarting = False
-        epoch.restarting = False
+        epoch.restarting = False  # with max_steps Lightning would take the epoch that has ended for one that has not
     elif point == "batch" and epoch.restarting and epoch._should_check_val_fx(fit._data_fetcher):  # type: ignore[arg-type]
         epoch._batches_that_stepped -= 1  # counts the last batch again, since it skips the validation after it
 

@@ -17,6 +17,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import zo_lightning as zo
 from zo_lightning.callbacks.exact_resume import KEY
@@ -234,9 +235,25 @@ class Foreign(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val/acc", "frequency": 2}}
 
 
-@pytest.mark.parametrize("step", [3, STEPS, 5])
-def test_module_in_automatic_optimization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+class Loader(Digits):
+    """Data of somebody else: PyTorch's own loader, whose order is one of the global random numbers."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(*self._subset("train")), 256, shuffle=True, collate_fn=_scaled)
+
+
+def _scaled(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    images, labels = (torch.stack(column) for column in zip(*rows, strict=True))
+    return [images.float() / 255, labels]
+
+
+@pytest.mark.parametrize("data", [Digits, Loader])
+@pytest.mark.parametrize("step", [3, STEPS, 5, 2 * STEPS])
+def test_module_and_loader_of_somebody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, data: type[Digits]
+) -> None:
     monkeypatch.setitem(globals(), "module", lambda _: Foreign())
+    monkeypatch.setitem(globals(), "Digits", data)
     options: dict[str, Any] = {"check_val_every_n_epoch": 2, "max_epochs": 4}
     trained = fit(tmp_path / "whole", zo.Backprop(), **options)
     with pytest.raises(SIGTERMException):
@@ -245,6 +262,32 @@ def test_module_in_automatic_optimization(tmp_path: Path, monkeypatch: pytest.Mo
     for name, value in trained.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert curves(tmp_path / "whole") == curves(tmp_path / "a")
+
+
+@pytest.mark.parametrize("estimator", ["ZerothOrder", "PerExample"])
+def test_module_of_somebody_else_driven_by_the_callback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
+) -> None:
+    monkeypatch.setitem(globals(), "module", lambda _: Foreign())
+
+    def driven(folder: Path, *callbacks: Callback, resume: Path | None = None) -> LightningModule:
+        driver = zo.GradientFree(ESTIMATORS[estimator])
+        return fit(folder, zo.Backprop(), driver, *callbacks, resume=resume, check_val_every_n_epoch=2, max_epochs=4)
+
+    trained = driven(tmp_path / "whole")
+    with pytest.raises(SIGTERMException):
+        driven(tmp_path / "a", Stop(5, "SIGTERM after the step"))
+    again = driven(tmp_path / "a", resume=tmp_path / "a" / "checkpoints" / "last.ckpt")
+    assert same(dict(trained.state_dict()), dict(again.state_dict()))
+    assert curves(tmp_path / "whole") == curves(tmp_path / "a")
+
+
+def test_a_run_goes_on_from_its_best_checkpoint(tmp_path: Path, whole: dict[str, tuple[Path, LightningModule]]) -> None:
+    fit(tmp_path / "a", zo.Backprop(), max_steps=STEPS + 3)
+    best = tmp_path / "a" / "checkpoints" / "best.ckpt"
+    assert load_checked(best)["global_step"] == STEPS
+    again = fit(tmp_path / "b", zo.Backprop(), resume=best)
+    assert_same(whole["Backprop"][0], tmp_path / "b", whole["Backprop"][1], again)
 
 
 def test_error_after_weights_were_written_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:

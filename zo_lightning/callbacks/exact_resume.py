@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from torchmetrics import Metric
 
 from zo_lightning.cli_errors import UserError
@@ -22,7 +23,8 @@ class ExactResume(Callback):
 
     That is: the states of the random number generators of PyTorch, NumPy and Python; sums of the metrics that are
     logged over the epoch, where it is not over; the latest values of all metrics, for schedules, early stopping and
-    "best" checkpoints that watch one; and how far the curves on disk went. It comes first among the callbacks.
+    "best" checkpoints that watch one; and how far the curves on disk went. Of a loader that cannot say where it stands
+    the batches of the epoch are read again up to there, in the same order. It comes first among the callbacks.
 
     Attributes:
         loaded: what the checkpoint held from which the run goes on, until training has begun.
@@ -33,6 +35,9 @@ class ExactResume(Callback):
         self._point: Point | None = None
         self._random: dict[str, Any] | None = None
         self._sums: dict[str, dict[str, Any]] = {}
+        self._refilled: list[str] = []
+        self._metrics: dict[str, dict[str, Any]] = {}  # as a validation found them
+        self._epoch_began: dict[str, Any] | None = None  # with which random numbers
 
     @property
     def state_key(self) -> str:
@@ -43,13 +48,14 @@ class ExactResume(Callback):
         """Add it; ``point`` says where the run stands, which Lightning's counters do not where it did not ask."""
         if self._point is not None:
             settle(checkpoint["loops"], self._point)
-        in_epoch = self._point != "epoch" and trainer.training
+        in_epoch = self._point != "epoch" and trainer.state.fn == "fit"
         checkpoint[KEY] = {
             "point": self._point,
             "random": self._random or random_states(),
+            "epoch_began": self._epoch_began,
             "latest": {name: value.detach().clone() for name, value in trainer.callback_metrics.items()},
             "sums": _sums(trainer) if in_epoch else {},
-            "metrics": _metric_states(pl_module) if in_epoch else {},
+            "metrics": {} if not in_epoch else self._metrics if trainer.validating else _metric_states(pl_module),
             "curves": mark(trainer.loggers) if trainer.is_global_zero else [],
         }
 
@@ -66,16 +72,29 @@ class ExactResume(Callback):
         if not self.loaded:
             return
         go_on(trainer, self.loaded["point"])
+        self._epoch_began = self.loaded.get("epoch_began")
+        if trainer.fit_loop.restarted_mid_epoch and self._epoch_began and not _know_their_place(trainer):
+            set_random_states(self._epoch_began)
+            _read_again(trainer)
         trainer.callback_metrics.update({n: v.to(pl_module.device) for n, v in self.loaded["latest"].items()})
         self._sums = self.loaded["sums"]
+        if trainer.fit_loop.epoch_loop._num_ready_batches_reached():  # no further batch of this epoch logs
+            self._refilled = _refill(trainer, self._sums)
+            self._sums = {}
         for name, state in self.loaded["metrics"].items():
             metric = dict(pl_module.named_modules()).get(name)
             if isinstance(metric, Metric) and set(state) - {"_update_count"} <= set(metric._defaults):
                 vars(metric).update({key: _to(value, metric.device) for key, value in state.items()})
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the generators, where the run goes on with a new epoch."""
+        """Set the generators, where the run goes on with a new epoch; remember them."""
         self._set_generators()
+        self._epoch_began = random_states()
+        for name in self._refilled:
+            trainer.fit_loop.epoch_loop._results.pop(name, None)
+        self._refilled = []
+        if trainer.fit_loop.is_resuming and not _know_their_place(trainer):
+            iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # once more: it draws the loader's seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the generators, where it goes on within one."""
@@ -89,6 +108,11 @@ class ExactResume(Callback):
             if (before := self._sums.pop(name, None)) is not None:
                 _merge(result, before)
         self._sums = {}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the metrics: a validation that is stopped is begun again."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._metrics = _metric_states(pl_module)
 
     def _set_generators(self) -> None:
         if self.loaded:
@@ -129,19 +153,58 @@ def _take_along(state: dict[str, Any], callback: ModelCheckpoint, beside: Path, 
         state[one] = state[one] and moved(state[one])
 
 
+def _know_their_place(trainer: Trainer) -> bool:
+    """Whether all training loaders hold a state that Lightning saves and loads."""
+    loaders = trainer.fit_loop._combined_loader
+    return loaders is None or all(hasattr(loader, "load_state_dict") for loader in loaders.flattened)
+
+
+def _read_again(trainer: Trainer) -> None:
+    """Pass over the batches of the epoch that are done."""
+    fetcher = trainer.fit_loop._data_fetcher
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+    if fetcher is None or done >= trainer.num_training_batches:
+        return
+    if trainer.current_epoch > 0:  # in the first epoch the loader's seed was drawn before the epoch began
+        iter(fetcher)
+    for _ in range(done):
+        next(fetcher)
+    fetcher.fetched = 0  # Lightning adds what is done
+
+
 def _sums(trainer: Trainer) -> dict[str, dict[str, Any]]:
     """What ``self.log(..., on_epoch=True)`` has summed in this epoch."""
     results = trainer.fit_loop.epoch_loop._results
     return {
-        name: {state: getattr(result, state).clone() for state in result._defaults}
+        name: {"states": _states(result), "meta": _meta(result.meta)}
         for name, result in results.items()
         if result.is_tensor and result.meta.on_epoch and result._update_count and not result.has_reset
     }
 
 
+def _states(result: Any) -> dict[str, Any]:
+    return {state: getattr(result, state).clone() for state in result._defaults}
+
+
+def _meta(meta: Any) -> dict[str, Any]:
+    plain = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "add_dataloader_idx", "dataloader_idx")
+    return {**{name: getattr(meta, name) for name in plain}, "reduce_fx": meta.reduce_fx.__name__}
+
+
+def _refill(trainer: Trainer, sums: dict[str, dict[str, Any]]) -> list[str]:
+    """Put the sums of an epoch whose batches are all done where Lightning logs them from; returns their names."""
+    for name, saved in sums.items():
+        meta = _Metadata(**saved["meta"])
+        meta.sync = _Sync()
+        result = _ResultMetric(meta, is_tensor=True)
+        vars(result).update(saved["states"], _update_count=1)
+        trainer.fit_loop.epoch_loop._results[name] = result.to(trainer.strategy.root_device)
+    return list(sums)
+
+
 def _merge(result: Any, before: dict[str, Any]) -> None:
     extreme = {torch.max: torch.maximum, torch.min: torch.minimum}.get(result.meta.reduce_fx, torch.add)
-    for state, value in before.items():
+    for state, value in before["states"].items():
         here = getattr(result, state)
         setattr(result, state, extreme(value.to(here), here))
 
