@@ -1,7 +1,6 @@
 """How the losses along the directions of a step are obtained."""
 
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -23,6 +22,9 @@ from zo_lightning.stencils import Stencil
 
 Probe = tuple[Direction, tuple[float, ...]]
 """A direction, and the losses at the stencil's offsets along it."""
+
+
+_CACHE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Batched(Evaluation):
     The directions of a chunk are held in memory, with lean updates too.
 
     Args:
-        chunk_size: directions at once; None takes as many as fit into half of the free memory.
+        chunk_size: directions at once; None takes as many as fit into half of a GPU's free memory, or 32 MB otherwise:
+            beyond a processor's cache more at once are slower.
 
     Raises:
         ValueError: ``chunk_size`` < 1; in ``probes``, also where a weight's use does not show, and where the loss
@@ -160,14 +163,11 @@ class Batched(Evaluation):
 
 
 def _fitting(weights: Weights, moves: int, largest: int) -> int:
-    """How many directions fit into half of the free memory, if a pass takes three times its largest tensor."""
+    """How many directions fit into memory, if a pass takes three times its largest tensor."""
     device = weights[0].device
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 31
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CACHE
     own = sum(p.numel() * p.element_size() for p in weights)
-    return max(1, free // 2 // (own + moves * (own + 3 * largest)))
+    return max(1, room // (own + moves * (own + 3 * largest)))
 
 
 class _Largest(TorchDispatchMode):

@@ -57,24 +57,20 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Callable[[],
     return net, lambda: F.cross_entropy(net(x), y, reduction="none")
 
 
-def slopes(evaluation: Evaluation, u: Directions, stencil: Stencil, q: int = 5) -> tuple[Tensor, Tensor, nn.Module]:
+def slopes(evaluation: Evaluation, u: Directions, stencil: Stencil, q: int = 5) -> tuple[Tensor, Tensor]:
     net, loss = problem()
     estimator = ZerothOrder(u, stencil, evaluation, samples=q, seed=3)
     state = estimator.init(net)
-    estimate = None
-    for step in range(2):
-        objective_loss = estimator.backward(loss, net, step, state)
-        estimate = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
-    assert estimate is not None
-    return estimate, objective_loss, net
+    value = torch.stack([estimator.backward(loss, net, step, state) for step in range(2)])
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]), value.sum()
 
 
 @pytest.mark.parametrize("stencil", STENCILS, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("u", DIRECTIONS, ids=lambda u: type(u).__name__)
 @pytest.mark.parametrize("chunk_size", [None, 1, 2])
 def test_the_estimate_is_that_of_single_passes(chunk_size: int | None, u: Directions, stencil: Stencil) -> None:
-    one, loss, _ = slopes(OneByOne(), u, stencil)
-    many, same_loss, _ = slopes(Batched(chunk_size), u, stencil)
+    one, loss = slopes(OneByOne(), u, stencil)
+    many, same_loss = slopes(Batched(chunk_size), u, stencil)
     # In float64 a loss is rounded by about 1e-15, a slope by 1e-12: with the same directions all agrees to 1e-9. Those
     # of LowRank are products in float32, which factors are not.
     tolerance = (1e-6 if isinstance(u, LowRank) else 1e-9) * float(one.abs().max())
@@ -177,6 +173,15 @@ def test_a_weight_whose_use_does_not_show_is_refused() -> None:
 def test_chunk_size_is_checked() -> None:
     with pytest.raises(ValueError, match="chunk_size must be at least 1, or None for what fits, got 0"):
         Batched(0)
+
+
+@pytest.mark.parametrize(("moves", "largest", "expected"), [(2, 0, 2796), (1, 1 << 20, 10), (2, 1 << 30, 1)])
+def test_as_many_directions_as_fit(moves: int, largest: int, expected: int) -> None:
+    from zo_lightning.evaluation import _fitting
+    from zo_lightning.perturbed.weights import Weights
+
+    # 1,000 float32 weights take 4 kB, and 32 MB hold so many times 4 kB + moves (4 kB + 3 largest).
+    assert _fitting(Weights.of(nn.Linear(1000, 1, bias=False)), moves, largest) == expected
 
 
 def test_passes_are_counted_one_by_one() -> None:
