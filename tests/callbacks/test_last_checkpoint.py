@@ -264,7 +264,7 @@ def test_module_and_loader_of_somebody_else(
     assert curves(tmp_path / "whole") == curves(tmp_path / "a")
 
 
-@pytest.mark.parametrize("estimator", ["ZerothOrder", "PerExample"])
+@pytest.mark.parametrize("estimator", ["ZerothOrder", "ForwardGradient"])
 def test_module_of_somebody_else_driven_by_the_callback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:

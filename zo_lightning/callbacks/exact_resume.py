@@ -53,6 +53,7 @@ class ExactResume(Callback):
             "point": self._point,
             "random": self._random or random_states(),
             "epoch_began": self._epoch_began,
+            "pending": _pending(trainer) if self._point is None else None,
             "latest": {name: value.detach().clone() for name, value in trainer.callback_metrics.items()},
             "sums": _sums(trainer) if in_epoch else {},
             "metrics": {} if not in_epoch else self._metrics if trainer.validating else _metric_states(pl_module),
@@ -77,6 +78,9 @@ class ExactResume(Callback):
             set_random_states(self._epoch_began)
             _read_again(trainer)
         trainer.callback_metrics.update({n: v.to(pl_module.device) for n, v in self.loaded["latest"].items()})
+        if pending := self.loaded.get("pending"):
+            for logger in trainer.loggers:
+                logger.log_metrics(**pending)
         self._sums = self.loaded["sums"]
         if trainer.fit_loop.epoch_loop._num_ready_batches_reached():  # no further batch of this epoch logs
             self._refilled = _refill(trainer, self._sums)
@@ -170,6 +174,16 @@ def _read_again(trainer: Trainer) -> None:
     for _ in range(done):
         next(fetcher)
     fetcher.fetched = 0  # Lightning adds what is done
+
+
+def _pending(trainer: Trainer) -> dict[str, Any] | None:
+    """What Lightning logs for an epoch after the hooks at its end, in which its own callback writes checkpoints."""
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    if not trainer.training or epochs.processed == epochs.completed:
+        return None
+    metrics = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
+    return {"metrics": {**metrics, "epoch": trainer.current_epoch}, "step": step} if metrics else None
 
 
 def _sums(trainer: Trainer) -> dict[str, dict[str, Any]]:
