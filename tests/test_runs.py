@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ class FullDisk(Callback):
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         raise OSError(28, "No space left on device", "somewhere")
+
+
+class Deleted(Callback):
+    """Somebody deletes the runs."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        shutil.rmtree("lightning_logs", ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +203,25 @@ def test_a_stopped_run_says_so_and_goes_on(capsys: pytest.CaptureFixture[str], n
 def test_full_disk(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(f"fit {ONE} --trainer.callbacks+ tests.test_runs.FullDisk") == 1
     assert capsys.readouterr().err.splitlines()[-1] == "zo-lightning: error: No space left on device: 'somewhere'"
+
+
+@pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger"])
+def test_deleted_folder(capsys: pytest.CaptureFixture[str], logger: str) -> None:
+    words = f"--trainer.logger {logger} --trainer.logger.save_dir ."
+    assert cli(f"fit {TWO} {words} --trainer.callbacks+ tests.test_runs.Deleted") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("zo-lightning: error: the folder of the run was deleted while it ran: '")
+
+
+def test_nothing_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("no network here")
+
+    for name in ("connect", "connect_ex", "bind"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert cli(f"fit {ONE}") == 0
+    assert cli(f"test --ckpt_path last {QUIET}") == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The checkpoint from which a run goes on, however it was stopped."""
 
+import errno
 import math
+import os
 import signal
 import sys
 import threading
@@ -168,9 +170,18 @@ class LastCheckpoint(ExactResume):
 
 @contextmanager
 def telling_exit_code(trainer: Trainer) -> Iterator[None]:
-    """Let a run that a signal stops end its process with 128 + the signal's number, and say how to go on."""
+    """Let a run that a signal stops end its process with 128 + the signal's number, and say how to go on.
+
+    Raises:
+        OSError: EIO, where the run's folder was deleted while it ran.
+    """
     try:
         yield
+    except FileNotFoundError as error:
+        gone = Path(os.fsdecode(error.filename or b"")).resolve()
+        if run_folder(trainer).resolve() not in gone.parents:
+            raise
+        raise OSError(errno.EIO, "the folder of the run was deleted while it ran", str(gone)) from error
     except SystemExit as stop:
         last = next((one for one in trainer.callbacks if isinstance(one, LastCheckpoint)), None)  # type: ignore[attr-defined]
         interrupted = isinstance(stop.__context__, KeyboardInterrupt) or (last is not None and last.interrupted)
