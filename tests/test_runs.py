@@ -91,14 +91,21 @@ def test_last_holds_the_last_weights_and_best_the_best(capsys: pytest.CaptureFix
     assert ends == {"best": 2, "last": 4}
 
 
-@pytest.mark.parametrize("path", ["last", VERSION / "checkpoints" / "last.ckpt"])
-def test_a_run_goes_on_in_its_own_folder(trained: Path, path: Any) -> None:
-    assert cli(f"fit {TWO} --ckpt_path {path}") == 0
+def test_a_run_goes_on_in_its_own_folder(trained: Path) -> None:
+    assert cli(f"fit {TWO} --ckpt_path last") == 0
     assert [folder.name for folder in Path("lightning_logs").iterdir()] == ["version_0"]
     assert load_checked(trained / "last.ckpt")["global_step"] == 4
     assert steps(VERSION, "train/loss") == [0, 1, 2, 3]
     assert steps(VERSION, "train/loss_epoch") == [1, 3]
     assert yaml.safe_load((VERSION / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+
+
+@pytest.mark.parametrize("path", ["best", VERSION / "checkpoints" / "last.ckpt"])
+def test_from_any_other_checkpoint_it_goes_on_in_a_new_one(trained: Path, path: Any) -> None:
+    before = files()
+    assert cli(f"fit {TWO} --ckpt_path {path}") == 0
+    assert {name: content for name, content in files().items() if name in before} == before
+    assert steps(VERSION.with_name("version_1"), "train/loss") == [0, 1, 2, 3]
 
 
 def test_the_newest_run_goes_on(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,14 +244,14 @@ class CLI(LightningCLI):
                     f"'{folder}' holds a finished run of a study, which this would overwrite: "
                     "write elsewhere with --trainer.logger true"
                 )
-        path = self._get(self.config, "ckpt_path")
-        if path in ("last", "best"):
-            path = str(find_checkpoint(self.trainer, path, to_train=self.subcommand == "fit"))
+        path = word = self._get(self.config, "ckpt_path")
+        if word in ("last", "best"):
+            path = str(find_checkpoint(self.trainer, word, to_train=self.subcommand == "fit"))
             for config in (self.config, self.config_init):
                 config[str(self.subcommand)]["ckpt_path"] = path
             self.checkpoint = read_checkpoint("ckpt_path", path)
         if self.subcommand == "fit":
-            settle_in(self.trainer, None if self.checkpoint is None else Path(path))
+            settle_in(self.trainer, None if self.checkpoint is None else Path(path), is_last=word == "last")
 
     def _drive_foreign(self, given: list[Any]) -> list[Callback]:
         """Put the optimizer in its place; return the callback that trains a module without an estimator of its own."""

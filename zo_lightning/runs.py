@@ -54,15 +54,16 @@ def find_checkpoint(trainer: Trainer, word: str, *, to_train: bool) -> Path:
     raise UserError(f"ckpt_path {word}: {'; '.join(damaged) or 'there are weights alone'}")
 
 
-def settle_in(trainer: Trainer, checkpoint: Path | None) -> None:
+def settle_in(trainer: Trainer, checkpoint: Path | None, *, is_last: bool) -> None:
     """Choose the folder of a run that is to begin, or to go on from ``checkpoint``: nothing is written yet.
 
-    A run whose folder has no name of its own goes on where the checkpoint lies.
+    A run whose folder has no name of its own goes on where it was, if it goes on from where it stopped (``is_last``);
+    else it gets a new one, and the old one keeps what came after the checkpoint.
 
     Raises:
         UserError: the folder holds another run.
     """
-    if checkpoint is not None:
+    if checkpoint is not None and is_last:
         for logger in _unnamed(trainer):
             if checkpoint.resolve().parent.parent.parent == Path(logger.root_dir).resolve():
                 number = checkpoint.resolve().parent.parent.name.removeprefix("version_")
