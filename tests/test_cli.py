@@ -135,7 +135,7 @@ class TestRuns:
         words = "--model.optimizer torch.optim.SGD --model.optimizer.lr 1e30 --trainer.check_val_every_n_epoch 1"
         assert cli(f"fit {words} {QUIET}") == 1
         error = capsys.readouterr().err.splitlines()[-1]
-        assert re.match(r"zo-lightning: error: the loss is nan for 20 steps in a row, .*smaller learning rate", error)
+        assert re.match(r"zo-lightning: error: the loss is nan for 20 batches in a row, .*smaller learning rate", error)
         for name in ("config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
             assert (tmp_path / RUN / name).is_file()
 
