@@ -41,8 +41,8 @@ from zo_lightning import (
     PerExample,
     Rademacher,
     ScalableCNN,
-    Sphere,
     SmallCNN,
+    Sphere,
     ZerothOrder,
 )
 from zo_lightning.costs import count_flops

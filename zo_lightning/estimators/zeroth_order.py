@@ -33,7 +33,7 @@ class ZerothOrder(WeightSpace):
     on MNIST) gains no more.
 
     Args:
-        directions: the distribution of ``u``; signs are the cheapest to draw, and no other was better.
+        directions: the distribution of ``u``; signs are the cheapest to draw, and as good on nets.
         stencil: the finite difference, and its ``mu``.
         evaluation: how the losses are obtained.
         samples: ``q`` ≥ 1, the directions averaged in one step; ``CentralDifference`` asks 2q forward passes,
