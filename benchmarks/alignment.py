@@ -25,6 +25,7 @@ from zo_lightning import (
     GradientEstimator,
     PerExample,
     ScalableCNN,
+    Sphere,
     ZerothOrder,
 )
 from zo_lightning.costs import count_flops
@@ -34,7 +35,7 @@ from zo_lightning.perturbed.state import State
 
 BATCH = 128
 ESTIMATORS: dict[str, GradientEstimator] = {
-    "one direction": ZerothOrder(seed=0),
+    "one direction": ZerothOrder(Sphere(), seed=0),
     "directions per example": PerExample(feedback=0, correction=1.0, seed=0, space="weights"),
     "activations": PerExample(feedback=0, correction=1.0, seed=0, space="activations"),
     "per layer the better of both": PerExample(feedback=0, correction=1.0, seed=0),

@@ -17,7 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
-from zo_lightning import Backprop, GradientEstimator, ScalableCNN, ZerothOrder
+from zo_lightning import Backprop, GradientEstimator, ScalableCNN, Sphere, ZerothOrder
 from zo_lightning.costs import count_flops
 from zo_lightning.study.results import published
 
@@ -66,7 +66,7 @@ def draw_published(axes: Axes, d: int, against: str) -> None:
     table = published()
     for method, estimator, passes, grey in (
         ("FO-AdaMM", Backprop(), 3 * 469, "black"),
-        ("ZO-AdaMM", ZerothOrder(), 2 * 469, "grey"),
+        ("ZO-AdaMM", ZerothOrder(Sphere()), 2 * 469, "grey"),
     ):
         rows = table[(table["method"] == method) & (table["d"] == d)]
         epoch = passes if against == "forward_passes" else flops_of_an_epoch(estimator, rows["scale"].iloc[0])

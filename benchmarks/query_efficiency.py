@@ -42,6 +42,7 @@ from zo_lightning import (
     Rademacher,
     ScalableCNN,
     SmallCNN,
+    Sphere,
     ZerothOrder,
 )
 from zo_lightning.costs import count_flops
@@ -72,7 +73,7 @@ class Outcome(NamedTuple):
 _ADAM = partial(torch.optim.Adam, betas=(0.9, 0.99))
 METHODS = {
     "backpropagation": Method(Backprop(), partial(_ADAM, lr=3e-3), 3),
-    "one direction (ZO-AdaMM)": Method(ZerothOrder(), partial(AdaMM, lr=4e-3, betas=(0.9, 0.99)), 2),
+    "one direction (ZO-AdaMM)": Method(ZerothOrder(Sphere()), partial(AdaMM, lr=4e-3, betas=(0.9, 0.99)), 2),
     "forward gradient": Method(ForwardGradient(), partial(AdaMM, lr=4e-3, betas=(0.9, 0.99)), 2),
     "8 directions, batches of 32": Method(
         ZerothOrder(Rademacher(), ForwardDifference(1e-3), samples=8),

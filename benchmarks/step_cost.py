@@ -35,6 +35,7 @@ from zo_lightning import (
     PerExample,
     Rademacher,
     ScalableCNN,
+    Sphere,
     ZerothOrder,
 )
 from zo_lightning.costs import count_flops
@@ -53,10 +54,10 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "sphere, central, 1 direction": Method(ZerothOrder(seed=0), 2),
+    "sphere, central, 1 direction": Method(ZerothOrder(Sphere(), seed=0), 2),
     "Rademacher, central, 1 direction": Method(ZerothOrder(Rademacher(), seed=0), 2),
     "Rademacher, central, SGD": Method(ZerothOrder(Rademacher(), seed=0), 2, partial(torch.optim.SGD, lr=1e-4)),
-    "sphere, central, 8 directions": Method(ZerothOrder(samples=8, seed=0), 16),
+    "sphere, central, 8 directions": Method(ZerothOrder(Sphere(), samples=8, seed=0), 16),
     "backpropagation": Method(Backprop(), 1, torch.optim.Adam),
     "PerExample": Method(PerExample(seed=0), 2, torch.optim.Adam, beside_backpropagation=True),
 }

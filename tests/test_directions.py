@@ -104,3 +104,18 @@ def test_a_direction_has_the_strides_of_its_weights() -> None:
         assert [t.stride() for t in drawn] == [channels_last.stride(), transposed.stride()]
         for a, b in zip(drawn, u.draw(plain, 0, 0, 0).tensors(), strict=True):
             assert torch.equal(a, b), "the numbers do not depend on the strides"
+
+
+@pytest.mark.parametrize("weights", [[torch.zeros(3, 2), torch.zeros(5)], [torch.zeros(3, 2), torch.zeros(5).double()]])
+def test_vectors_are_scaled_and_summed(weights: list[torch.Tensor]) -> None:
+    """As one tensor where the weights are alike, one by one otherwise."""
+    stack = Vector.stack(weights, 4)
+    first, second = stack.row(0), stack.rows(slice(1, 3)).row(0)
+    assert (first.flat is None) == (weights[1].dtype == torch.float64)
+    for place, other in zip(first, second, strict=True):
+        place.fill_(2.0)
+        other.fill_(3.0)
+    total = Vector.like(weights).copy_(first).mul_(0.5)
+    total.add_(second, alpha=2.0)
+    assert all(bool((t == 7).all()) and t.shape == w.shape for t, w in zip(total, weights, strict=True))
+    assert all(t.shape == (4, *w.shape) and bool((t[1] == 3).all()) for t, w in zip(stack, weights, strict=True))

@@ -138,7 +138,8 @@ class Batched(Evaluation):
     ) -> tuple[list[Displaced], Tensor]:
         """What the uses of each weight see at the points of a chunk, in the order of moves, then of directions."""
         count = len(chunk)
-        distances = torch.tensor(moves, dtype=weights[0].dtype, device=weights[0].device).repeat_interleave(count)
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in weights) else torch.float32
+        distances = torch.tensor(moves, dtype=dtype, device=weights[0].device).repeat_interleave(count)
         distribution = chunk[0].distribution
         if isinstance(distribution, LowRank):
             factored = [p.ndim > 1 and not p.is_complex() and k not in weights.still for k, p in enumerate(weights)]

@@ -175,6 +175,27 @@ def test_chunk_size_is_checked() -> None:
         Batched(0)
 
 
+@pytest.mark.parametrize("u", [Rademacher(), LowRank()], ids=lambda u: type(u).__name__)
+@pytest.mark.parametrize("order", [(torch.float32, torch.float64), (torch.float64, torch.complex128)])
+def test_weights_of_several_dtypes(u: Directions, order: tuple[torch.dtype, torch.dtype]) -> None:
+    torch.manual_seed(0)
+    first, second = (torch.nn.Parameter(torch.randn(3, 3, dtype=dtype)) for dtype in order)
+    net, x = nn.ParameterList([first, second]), torch.randn(2, 3, dtype=order[0])
+
+    def loss() -> Tensor:
+        return (F.linear(x, net[0]).to(order[1]) @ net[1]).abs().tanh().sum()
+
+    found = []
+    for evaluation in (OneByOne(), Batched()):
+        estimator = ZerothOrder(u, evaluation=evaluation, samples=3, seed=0)
+        estimator.backward(loss, net, 0, estimator.init(net))
+        found.append([p.grad for p in net])
+        net.zero_grad()
+    for one, many in zip(*found, strict=True):
+        # The first weight's product may be in float32, which rounds slopes by 1e-7 / 2e-3.
+        assert torch.allclose(one, many, rtol=0, atol=5e-4 * float(one.abs().max()))
+
+
 @pytest.mark.parametrize(("moves", "largest", "expected"), [(2, 0, 2796), (1, 1 << 20, 10), (2, 1 << 30, 1)])
 def test_as_many_directions_as_fit(moves: int, largest: int, expected: int) -> None:
     from zo_lightning.evaluation import _fitting

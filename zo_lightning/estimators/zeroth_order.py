@@ -8,7 +8,7 @@ from torch import nn
 from typing_extensions import Self
 
 from zo_lightning.counter import mix
-from zo_lightning.directions import Direction, Directions, Sphere
+from zo_lightning.directions import Direction, Directions, Rademacher
 from zo_lightning.distributed import Distributed
 from zo_lightning.estimators.base import Estimate, check_samples, resolve_seed, trained
 from zo_lightning.estimators.weight_space import Probe, WeightSpace
@@ -33,7 +33,7 @@ class ZerothOrder(WeightSpace):
     on MNIST) gains no more.
 
     Args:
-        directions: the distribution of ``u``.
+        directions: the distribution of ``u``; signs are the cheapest to draw, and as good on nets.
         stencil: the finite difference, and its ``mu``.
         evaluation: how the losses are obtained.
         samples: ``q`` ≥ 1, the directions averaged in one step; ``CentralDifference`` asks 2q forward passes,
@@ -46,7 +46,7 @@ class ZerothOrder(WeightSpace):
         ValueError: ``samples`` < 1.
     """
 
-    directions: Directions = field(default_factory=Sphere)
+    directions: Directions = field(default_factory=Rademacher)
     stencil: Stencil = field(default_factory=CentralDifference)
     evaluation: Evaluation = field(default_factory=OneByOne)
     samples: int = 1

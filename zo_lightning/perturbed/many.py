@@ -82,7 +82,7 @@ class _Pass(DisplacedWeights):
             return displaced
         a, b = displaced
         weight = self.weights[position].detach()
-        return weight + (a @ b.T).view(weight.shape) * self.distance
+        return weight + ((a * self.distance).to(a.dtype) @ b.T).view(weight.shape)
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function on displaced weights."""
@@ -94,4 +94,4 @@ class _Pass(DisplacedWeights):
         self.seen.add(position)
         a, b = factors
         bias = self._displaced(rest[0] if rest else kwargs.get("bias"))
-        return F.linear(x, self.weights[position].detach(), bias) + (x @ b) @ (a.T * self.distance)
+        return F.linear(x, self.weights[position].detach(), bias) + (x @ b) @ (a * self.distance).to(a.dtype).T
