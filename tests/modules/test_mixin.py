@@ -22,8 +22,8 @@ from zo_lightning import (
     ForwardGradient,
     NormalizedSGD,
     Rademacher,
-    TrainingDiverged,
     Sphere,
+    TrainingDiverged,
     ZerothOrder,
 )
 
