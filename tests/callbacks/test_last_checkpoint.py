@@ -322,3 +322,43 @@ def test_another_run_keeps_its_file(tmp_path: Path) -> None:
 def test_interval_must_be_finite(every: float) -> None:
     with pytest.raises(ValueError, match=f"every_seconds must be a finite number of at least 0, or null, got {every}"):
         LastCheckpoint(every)
+
+
+class StopAccumulating(Callback):
+    """Stops a run at its sixth batch, the second of three whose gradients are accumulated."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def _stop(self, trainer: Trainer, how: str) -> None:
+        if how == self.how and trainer.fit_loop.total_batch_idx == 5:
+            raise RuntimeError("stopped")
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self._stop(trainer, "before the step")
+
+    def on_after_backward(self, trainer: Trainer, *_: Any) -> None:
+        self._stop(trainer, "after its backward")
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.how == "SIGTERM" and trainer.fit_loop.total_batch_idx == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("estimator", ["Backprop", "ZerothOrder", "PerExample"])
+@pytest.mark.parametrize(
+    ("how", "batches"),
+    [("SIGTERM", 6), ("before the step", 5), ("after its backward", STEPS)],
+    ids=lambda how: str(how),
+)
+def test_stopped_while_gradients_are_accumulated(tmp_path: Path, how: str, batches: int, estimator: str) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "last": EVERY_BATCH}
+    trained = fit(tmp_path / "whole", ESTIMATORS[estimator], **options)
+    with pytest.raises((SIGTERMException, RuntimeError)):
+        fit(tmp_path / "a", ESTIMATORS[estimator], StopAccumulating(how), **options)
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    state = load_checked(last)
+    assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == batches
+    assert bool(state[KEY]["gradients"]) == (batches > STEPS)  # not between two epochs
+    again = fit(tmp_path / "a", ESTIMATORS[estimator], resume=last, **options)
+    assert_same(tmp_path / "whole", tmp_path / "a", trained, again)

@@ -21,8 +21,8 @@ KEY = "exact_resume"
 class ExactResume(Callback):
     """Adds to every checkpoint what Lightning leaves out, and takes it up when a run goes on.
 
-    That is: the states of the random number generators of PyTorch, NumPy and Python; sums of the metrics that are
-    logged over the epoch, where it is not over; the latest values of all metrics, for schedules, early stopping and
+    That is: the states of the random number generators of PyTorch, NumPy and Python; gradients that are being
+    accumulated; sums of the metrics that are logged over the epoch, where it is not over; the latest values of all metrics, for schedules, early stopping and
     "best" checkpoints that watch one; and how far the curves on disk went. Of a loader that cannot say where it stands
     the batches of the epoch are read again up to there, in the same order. It comes first among the callbacks.
 
@@ -53,6 +53,7 @@ class ExactResume(Callback):
             "point": self._point,
             "random": self._random or random_states(),
             "epoch_began": self._epoch_began,
+            "gradients": _gradients(pl_module) if in_epoch and accumulates(trainer) else {},
             "pending": _pending(trainer) if self._point is None else None,
             "latest": {name: value.detach().clone() for name, value in trainer.callback_metrics.items()},
             "sums": _sums(trainer) if in_epoch else {},
@@ -74,6 +75,9 @@ class ExactResume(Callback):
             return
         go_on(trainer, self.loaded["point"])
         self._epoch_began = self.loaded.get("epoch_began")
+        for name, gradient in self.loaded.get("gradients", {}).items():
+            p = pl_module.get_parameter(name)
+            p.grad = torch.empty_like(p).copy_(gradient)
         if trainer.fit_loop.restarted_mid_epoch and self._epoch_began and not _know_their_place(trainer):
             set_random_states(self._epoch_began)
             _read_again(trainer)
@@ -135,6 +139,18 @@ def saved_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     if saved and not (isinstance(saved, dict) and all(isinstance(saved.get(name), kinds[name]) for name in kinds)):
         raise UserError(f"the checkpoint's '{KEY}' is malformed: begin with its weights alone, with --init_from")
     return dict(saved, point=saved.get("point")) if saved else {}
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether batches that are done await the optimizer's step."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress
+    done = batches.current.processed
+    ended = batches.is_last_batch and done == batches.current.ready
+    return done % trainer.accumulate_grad_batches != 0 and not ended
+
+
+def _gradients(module: LightningModule) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def _take_along(state: dict[str, Any], callback: ModelCheckpoint, beside: Path, writes: bool) -> None:

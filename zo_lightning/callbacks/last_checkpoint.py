@@ -17,7 +17,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from zo_lightning.callbacks.exact_resume import ExactResume
+from zo_lightning.callbacks.exact_resume import ExactResume, accumulates
 from zo_lightning.callbacks.reporting import run_folder
 from zo_lightning.progress import Point
 from zo_lightning.random_states import random_states
@@ -87,7 +87,7 @@ class LastCheckpoint(ExactResume):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if batch_idx > 0 and self._is_due(trainer):
             self._save(trainer, "batch")
-        self._before = torch.get_rng_state(), list(_versions(pl_module))
+        self._before = torch.get_rng_state(), list(_versions(pl_module, accumulates(trainer)))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write where training ends within an epoch, before Lightning treats the epoch as a whole one."""
@@ -115,7 +115,7 @@ class LastCheckpoint(ExactResume):
         if trainer.world_size > 1 or batch.ready == 0:
             return
         random, versions = self._before
-        unchanged = batch.ready > batch.completed and versions == list(_versions(pl_module))
+        unchanged = batch.ready > batch.completed and versions == list(_versions(pl_module, accumulates(trainer)))
         if not trainer.validating and not unchanged:
             return
         self._random = {**random_states(), **({} if trainer.validating else {"torch": random})}
@@ -147,7 +147,8 @@ class LastCheckpoint(ExactResume):
         self._handler = None
 
     def _is_due(self, trainer: Trainer) -> bool:
-        if self.every_seconds is None or getattr(trainer, "fast_dev_run", False):
+        """Whether it is time; not while gradients are accumulated, which the file would have to hold too."""
+        if self.every_seconds is None or getattr(trainer, "fast_dev_run", False) or accumulates(trainer):
             return False
         several = trainer.world_size > 1
         if several and trainer.global_step % _AGREE:
@@ -192,6 +193,9 @@ def telling_exit_code(trainer: Trainer) -> Iterator[None]:
         raise
 
 
-def _versions(module: LightningModule) -> Iterator[int]:
-    """A number for each weight that grows when something is written into it."""
-    return (p._version for p in module.parameters())
+def _versions(module: LightningModule, gradients: bool) -> Iterator[int]:
+    """A number for each weight, and each gradient if so wished, that grows when something is written into it."""
+    for p in module.parameters():
+        yield p._version
+        if gradients:
+            yield -1 if p.grad is None else p.grad._version
