@@ -42,10 +42,7 @@ def test_layout_and_hyperparameters(tmp_path: Path) -> None:
         "_hparams_/session_end_info",
     }
     start = hparams(Path(logger.log_dir))["_hparams_/session_start_info"]
-    values = {
-        name: value.string_value or value.number_value
-        for name, value in start.hparams.items()
-    }
+    values = {name: value.string_value or value.number_value for name, value in start.hparams.items()}
     d = sum(p.numel() for p in classifier().parameters())
     assert {name: value for name, value in values.items() if name != "seed"} == {
         "d": d,

@@ -88,6 +88,11 @@ class Driver:
         self._watch = Watch()
         self._batch: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, of a module that is being trained, takes no part in the run."""
+        of_the_run = dict.fromkeys(("recorder", "estimated_objective", "_optimizer", "_batch"))
+        return {**vars(self), **of_the_run}
+
     @property
     def estimator(self) -> GradientEstimator:
         """The owner's."""
@@ -171,7 +176,8 @@ class Driver:
         try:
             if self.recorder is None or (output := self._recalled(estimator, objective, module)) is None:
                 output = self._estimated(estimator, objective, module)
-        except NoLoss:
+        except NoLoss:  # which the batch has to say again where a run goes on
+            self._record(objective, module.global_step, math.nan, skipped=True, leaves_traces=True)
             return None
         except NeedsGraph as error:
             if self._with_graph:
@@ -183,7 +189,9 @@ class Driver:
             self._with_graph = True  # for this batch and the later ones
             return self.training_step(ask, module, *args, **kwargs)
         except NonFiniteLoss as error:
-            self._record(objective, module.global_step, error.value, skipped=True)
+            self._record(
+                objective, module.global_step, error.value, skipped=True, leaves_traces=objective.leaves_traces
+            )
             self._skip(error, module.global_step)
             return objective.with_loss(self._without_gradient(error, module))
         finally:
@@ -246,7 +254,8 @@ class Driver:
         self._watch.look(estimator, objective, module, self.state)
         objective.commit()
         if self.recorder is not None:
-            self._record(objective, module.global_step, float(estimate.loss), estimate.slopes)
+            loss, traces = float(estimate.loss), objective.leaves_traces
+            self._record(objective, module.global_step, loss, estimate.slopes, leaves_traces=traces)
         return self._handed_over(estimate, objective)
 
     @property
@@ -273,14 +282,11 @@ class Driver:
         return self._handed_over(estimate, objective)
 
     def _record(
-        self, objective: TrainingStep, step: int, loss: float, slopes: tuple[float, ...] = (), skipped: bool = False
+        self, objective: TrainingStep, step: int, loss: float, slopes: tuple[float, ...] = (), **marks: Any
     ) -> None:
         if self.recorder is not None:
-            traces = objective.leaves_traces
             passes, mu = objective.forward_passes, self.mu_in_use
-            self.recorder.estimated(
-                Step(step, loss, slopes, mu=mu, passes=passes, skipped=skipped, stepped=False, leaves_traces=traces)
-            )
+            self.recorder.estimated(Step(step, loss, slopes, mu=mu, passes=passes, stepped=False, **marks))
 
     def _handed_over(self, estimate: Estimate, objective: TrainingStep) -> Any:
         if self._lean:

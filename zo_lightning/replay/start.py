@@ -200,6 +200,11 @@ class Start:
             raise CannotReplay(f"the optimizer '{self.optimizer}' cannot be made: {error}") from error
 
 
+def draws_from(estimator: Any) -> tuple[Any, int] | None:
+    """What decides the directions of each step, all that a replay takes from an estimator; None where slopes do not."""
+    return (estimator.directions, resolve_seed(estimator.seed)) if estimator.replays else None
+
+
 def as_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an optimizer's group as they were before JSON made lists of tuples."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
