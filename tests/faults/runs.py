@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,21 @@ _SERVER = multiprocessing.get_context("forkserver")
 _PRELOADED = ["zo_lightning.commands", "sklearn.datasets", "torch.utils.tensorboard", "tests.faults.runs"]
 _SERVER.set_forkserver_preload([*_PRELOADED, "pytorch_lightning", "zo_lightning.modules", "zo_lightning.callbacks"])
 
-BEGAN, SAID, ASKED = ".began", "said.txt", "asked.txt"
+ASKED = "asked.txt"
 TIMES = ("seconds", "per_second", "train/step_ms")
 """Parts of the names of metrics that are times: no two runs have the same."""
 
 
+_tells: Any = None
+"""In a process of ``run``: is set when training begins."""
+
+
 class Began(Callback):
-    """Leaves a file in the working directory when training begins."""
+    """Tells the process that waits that training begins."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        Path(BEGAN).touch()
+        if _tells is not None:
+            _tells.set()
 
 
 class Asked(Callback):
@@ -67,31 +73,37 @@ class Ended:
 
 def run(folder: Path, words: str, kill_after: float | None = None, timeout: float = 300) -> Ended:
     """Run ``zo-lightning`` in a folder; kill it so many seconds after training has begun."""
-    (folder / BEGAN).unlink(missing_ok=True)
-    process = _SERVER.Process(target=_main, args=(folder, words))
-    process.start()
-    end = time.monotonic() + timeout
-    while process.is_alive() and not (folder / BEGAN).exists() and time.monotonic() < end:
-        time.sleep(0.005)
-    began = time.monotonic()
-    process.join(max(0.0, end - began) if kill_after is None else kill_after)
-    if process.is_alive():
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        assert kill_after is not None, f"'{words}' did not end within {timeout} s: {(folder / SAID).read_text()}"
-    assert process.exitcode is not None
-    return Ended(process.exitcode, (folder / SAID).read_text(errors="replace"), time.monotonic() - began)
+    began, end = _SERVER.Event(), time.monotonic() + timeout
+    with tempfile.NamedTemporaryFile("r", errors="replace") as said:
+        process = _SERVER.Process(target=_main, args=(folder, words, said.name, began))
+        process.start()
+        while process.is_alive() and not began.wait(0.01) and time.monotonic() < end:
+            pass
+        begin = time.monotonic()
+        process.join(max(0.0, end - begin) if kill_after is None else kill_after)
+        seconds = time.monotonic() - begin
+        if process.is_alive():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            assert kill_after is not None, f"'{words}' did not end within {timeout} s: {said.read()}"
+        assert process.exitcode is not None
+        return Ended(process.exitcode, said.read(), seconds)
 
 
-def _main(folder: Path, words: str) -> None:
+def _main(folder: Path, words: str, said: str, began: Any) -> None:
+    global _tells
+    _tells = began
     torch.set_num_threads(1)
     os.chdir(folder)
-    with Path(SAID).open("w") as file:
+    with Path(said).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["zo-lightning"]
-    sys.exit(main(words.split()))
+    code = main(words.split())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # multiprocessing would wait for a study's idle workers
 
 
 def assert_ended_alike(a: Path, b: Path) -> None:

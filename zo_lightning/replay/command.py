@@ -53,10 +53,8 @@ def replay_command(words: list[str]) -> int:
     checked = "" if rebuilt.checked is None else f", equal to the run's own at step {rebuilt.checked:,}"
     print(f"The weights after {rebuilt.step:,} steps are rebuilt{checked}.")
     if torn:
-        print(
-            f"zo-lightning: warning: the log is torn or damaged after step {rebuilt.step:,}: {torn:,} bytes are left out",
-            file=sys.stderr,
-        )
+        what = f"the log is torn or damaged after step {rebuilt.step:,}: {torn:,} bytes are left out"
+        print(f"zo-lightning: warning: {what}", file=sys.stderr)
     if options.out is not None:
         try:
             whole(options.out, lambda path: _write(path, options.out.suffix, rebuilt.tensors))

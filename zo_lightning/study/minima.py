@@ -13,8 +13,8 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_lightning.cli_errors import UserError
 from zo_lightning.checkpoint_io import DamagedCheckpoint, load_checked
+from zo_lightning.cli_errors import UserError
 from zo_lightning.study.grid import read_yaml
 from zo_lightning.study.results import Results
 from zo_lightning.study.runs import Fit, printing_to
