@@ -79,7 +79,7 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
         raise ValueError(str(error)) from error
     for name, tensor in tensors.items():
         if checksums and checksums.get(name) != str(_checksum(tensor)):
-            raise ValueError(f"is damaged: the checksum of '{name}' in it is wrong")
+            raise ValueError(f"the checksum of '{name}' in it is wrong")
     return tensors
 
 

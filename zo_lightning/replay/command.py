@@ -48,7 +48,7 @@ def replay_command(words: list[str]) -> int:
             with tqdm(total=total, unit="step", desc="replay", disable=None) as bar:
                 rebuilt = rebuild(folder, options.to, lambda step: bar.update(step - bar.n))
             torn = unread(trajectory_folder(folder) / STEPS) if options.to is None else 0
-    except (CannotReplay, OSError) as error:
+    except (ValueError, OSError) as error:  # CannotReplay, and what a damaged log is
         raise UserError(str(error)) from error
     checked = "" if rebuilt.checked is None else f", equal to the run's own at step {rebuilt.checked:,}"
     print(f"The weights after {rebuilt.step:,} steps are rebuilt{checked}.")
