@@ -1,6 +1,7 @@
 """Configurations with random mistakes: each runs, or is refused in one line and writes nothing."""
 
 import copy
+import os
 import random
 import shutil
 import signal
@@ -21,7 +22,7 @@ from zo_lightning.cli_parser import DEFAULT
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [DEFAULT, *sorted(ROOT.glob("configs/*.yaml")), *sorted(ROOT.glob("configs/[!s]*/*.yaml"))]
-TRIALS = 2000 if LONG else 60
+TRIALS = int(os.environ.get("FUZZ", 2000 if LONG else 60))
 SECONDS = 60
 """That one command line may take: what takes longer hangs."""
 # What would need other machines, or a long time.
@@ -34,7 +35,21 @@ VALUES: list[Any] = [
     {"class_path": 3}, {"init_args": {}}, {"class_path": "AdaMM", "init_args": {"lr": "x"}}, {1: 2}, {None: None},
     {"class_path": "zo_lightning.ZerothOrder", "init_args": [1]}, [{"class_path": "EarlyStopping"}],
 ]  # fmt: skip
-KEYS = ["class_path", "init_args", "lr", "mu", "samples", "net", "estimator", "callbacks", "", "a.b", "0", "seed", "root"]
+KEYS = [
+    "class_path",
+    "init_args",
+    "lr",
+    "mu",
+    "samples",
+    "net",
+    "estimator",
+    "callbacks",
+    "",
+    "a.b",
+    "0",
+    "seed",
+    "root",
+]
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -47,7 +62,9 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def typo(word: str, draw: random.Random) -> str:
     place = draw.randrange(len(word) + 1)
-    return draw.choice([word[:place] + word[place + 1 :], word[:place] + draw.choice("aexz_.1") + word[place:], word.upper()])
+    return draw.choice(
+        [word[:place] + word[place + 1 :], word[:place] + draw.choice("aexz_.1") + word[place:], word.upper()]
+    )
 
 
 def mutated(config: dict[Any, Any], draw: random.Random) -> None:
@@ -78,7 +95,9 @@ def mutated_text(text: str, draw: random.Random) -> str:
     for _ in range(draw.randint(1, 2)):
         at = draw.randrange(len(lines))
         place = draw.randrange(len(lines[at]) + 1)
-        letter = draw.choice([" ", ":", "-", "[", "}", "&a ", "*a", "!!python/name:os.system ", "#", "'", "\t", "\x00", "%"])
+        letter = draw.choice(
+            [" ", ":", "-", "[", "}", "&a ", "*a", "!!python/name:os.system ", "#", "'", "\t", "\x00", "%"]
+        )
         lines[at] = lines[at][:place] + letter + lines[at][place:]
     return "\n".join(lines)
 
@@ -127,7 +146,11 @@ def test_configurations_with_mistakes_run_or_are_refused_in_one_line(
             frame = error.__traceback__
             while frame is not None and frame.tb_next is not None:
                 frame = frame.tb_next
-            where = "" if frame is None else f"{frame.tb_frame.f_code.co_filename.rpartition('site-packages/')[2]}:{frame.tb_lineno}"
+            where = (
+                ""
+                if frame is None
+                else f"{frame.tb_frame.f_code.co_filename.rpartition('site-packages/')[2]}:{frame.tb_lineno}"
+            )
             failures.setdefault(f"{type(error).__name__} {where}", f"{trial}: {str(error)[:300]}")
             counted["traceback"] += 1
             continue
