@@ -322,6 +322,9 @@ BAD_INPUTS = {
     "fit --data MNIST --data.root file": "root 'file' is a file; MNIST needs a folder",
     "fit --data MNIST --data.root truncated": "'truncated/MNIST/raw/train-images-idx3-ubyte' is truncated: .*",
     "fit --data MNIST --data.root labels": "MNIST training set: label 11 is outside the classes 0 to 9",
+    # a net and data
+    "fit --model.net.in_channels 3": r"SmallCNN does not suit Digits, whose images are \(1, 28, 28\): .*channels",
+    "fit --model.net.num_classes 7": r"SmallCNN does not suit Digits: its output is \(2, 7\), not 10 numbers .*",
     # checkpoints
     "test --ckpt_path nowhere.ckpt": "ckpt_path 'nowhere.ckpt' does not exist",
     "test --ckpt_path prose.ckpt": "ckpt_path 'prose.ckpt' is damaged or not a checkpoint",

@@ -24,7 +24,7 @@ from zo_lightning.callbacks.trajectory_log import TrajectoryLog
 from zo_lightning.callbacks.weight_similarity import check_reference
 from zo_lightning.checkpoint_io import with_atomic_checkpoints
 from zo_lightning.checkpoints import check_complete, check_optimizer, check_weights, read_checkpoint
-from zo_lightning.cli_errors import UserError, innermost
+from zo_lightning.cli_errors import UserError, check_net, innermost
 from zo_lightning.cli_parser import (
     ENVIRONMENT,
     Parser,
@@ -197,6 +197,8 @@ class CLI(LightningCLI):
                 self.datamodule.setup()
             except (ValueError, OSError) as error:
                 raise UserError(innermost(error)) from error
+            if not self.foreign:
+                check_net(self.model.net, self.datamodule)
         for callback in _callbacks(self.trainer):
             if self.subcommand == "fit" and getattr(callback, "reference", None) is not None:
                 try:

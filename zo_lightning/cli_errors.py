@@ -1,6 +1,7 @@
 """What a user reads when the command line or a configuration is wrong."""
 
 import argparse
+import copy
 import errno
 import inspect
 import re
@@ -85,6 +86,37 @@ def explain_parsing(message: str, parser: ArgumentParser) -> str:
         return f"{key}: expected {match[1]}, got '{match[2]}'"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     return re.sub(r'^Parser key "([^"]+)"', r"\1", " ".join(lines[:2]))
+
+
+def check_net(net: torch.nn.Module, data: InMemoryDataModule) -> None:
+    """See that a net, or rather a copy of it, takes the images of its data, and knows as many classes.
+
+    Two images tell; a net that refuses them is given a whole batch, which some are made for.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        tried = copy.deepcopy(net).eval()
+    except Exception:  # of something that cannot be copied: training will tell
+        return
+    images, _ = next(iter(data.test_dataloader()))
+    what, refusal, scores = f"{type(net).__name__} does not suit {type(data).__name__}", None, None
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for batch in (images[:2], images):
+            try:
+                scores, refusal = tried(batch), None
+                break
+            except Exception as error:  # anything that a net can raise
+                refusal = error
+    if refusal is not None:
+        reason = f"{type(refusal).__name__}: {next(iter(str(refusal).splitlines()), '')}"
+        raise UserError(f"model.net: {what}, whose images are {tuple(images.shape[1:])}: {reason}")
+    shape = getattr(scores, "shape", (len(images), data.num_classes))
+    if len(shape) != 2 or shape[1] < data.num_classes:
+        raise UserError(
+            f"model.net: {what}: its output is {tuple(shape)}, not {data.num_classes} numbers for each image"
+        )
 
 
 def innermost(error: BaseException) -> str:

@@ -156,6 +156,17 @@ def read_places(path: Path) -> Iterator[tuple[Record, int]]:
             yield record, place
 
 
+def unread(path: Path) -> int:
+    """How many bytes at the end of a log belong to no whole record: torn in a kill, or behind a damaged place.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        end = max((after for _, after, _ in _records(file)), default=len(_MAGIC))
+        return os.fstat(file.fileno()).st_size - end
+
+
 def _records(file: BinaryIO) -> Iterator[tuple[Record, int, int]]:
     """Each record that is whole, with the place where it ends and the checksum there."""
     if file.read(len(_MAGIC)) != _MAGIC:

@@ -301,14 +301,19 @@ def test_error_after_weights_were_written_leaves_the_earlier_checkpoint(tmp_path
     assert load_checked(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2
 
 
-def test_written_once_in_an_interval_and_never_twice_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("every", "at"), [(3600.0, [1, 3 * STEPS]), (None, [3 * STEPS])])
+def test_written_after_the_first_step_in_intervals_and_once_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: float | None, at: list[int]
 ) -> None:
-    written = []
+    written: list[tuple[str, int]] = []
     save = Trainer.save_checkpoint
-    monkeypatch.setattr(Trainer, "save_checkpoint", lambda *a, **k: (written.append(a[1]), save(*a, **k)))
-    fit(tmp_path, zo.Backprop(), last={"every_seconds": 3600.0})
-    assert [Path(path).name for path in written].count("last.ckpt") == 1
+    monkeypatch.setattr(
+        Trainer,
+        "save_checkpoint",
+        lambda t, f, *a, **k: (written.append((Path(f).name, t.global_step)), save(t, f, *a, **k)),
+    )
+    fit(tmp_path, zo.Backprop(), last={"every_seconds": every})
+    assert [step for name, step in written if name == "last.ckpt"] == at
 
 
 def test_another_run_keeps_its_file(tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ _AGREE = 50
 class LastCheckpoint(ExactResume):
     """Keeps ``last.ckpt`` so recent that a run which is stopped goes on with the loss of a minute at most.
 
-    It is written in time intervals, between two batches; at the end of training, also where that is within an epoch; on
-    SIGTERM; and after an error, if nothing of the model had been changed in the step that failed. The file lies beside
+    It is written after the first step, and in time intervals, between two batches; at the end of training, also where
+    that is within an epoch; on SIGTERM; and after an error, if nothing of the model had been changed in the step that
+    failed. The file lies beside
     those of ``ModelCheckpoint``, whose own ``save_last`` writes only together with a best checkpoint. A run that goes on
     from it ends with the same weights, states, metrics and curves as one that was never stopped.
 
@@ -40,7 +41,7 @@ class LastCheckpoint(ExactResume):
 
     Args:
         every_seconds: between two writings, or more where writing would take a twentieth of the time; null: only at the
-            end and on SIGTERM or an error.
+            end and on SIGTERM or an error, not after the first step either.
         weights_only: without what it takes to go on, for runs that nobody will continue.
 
     Attributes:
@@ -73,7 +74,8 @@ class LastCheckpoint(ExactResume):
         while self.path.exists() and not continued:
             version += 1
             self.path = folder / f"last-v{version}.ckpt"
-        self._written_at, self._complete = time.monotonic(), False
+        self._written_at = time.monotonic() if self.path.exists() else -math.inf  # after its first step it can go on
+        self._complete = False
         self._catch_interrupt(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
