@@ -33,8 +33,8 @@ format: $(VENV)/.installed-dev ## Format the code, and fix what can be fixed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.installed-base ## Measure what a training step and observing it cost
-	$(BIN)/python benchmarks/step_cost.py
+bench: $(VENV)/.installed-bench ## Measure what a training step and observing it cost
+	$(BIN)/python benchmarks/step_cost.py --threads 2 --json benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/observe_cost.py --root ../shared/data
 
 clean: ## Remove builds and caches; .venv and the runs stay
@@ -44,6 +44,7 @@ clean: ## Remove builds and caches; .venv and the runs stay
 # A stamp for each set of extras, and for those that it contains: installs are repeated only when their lists change.
 CONTAINED_base := base
 CONTAINED_test := base test
+CONTAINED_bench := base bench
 CONTAINED_dev := base test dev
 $(VENV)/.installed-%: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input --editable '.$(if $(filter base,$*),,[$*])'

@@ -1,30 +1,35 @@
-"""What a training step costs beside its forward passes, as ratios from one run: in a plain loop, in ``Trainer.fit``.
+"""What a training step costs over two bare forward passes, beside its peers: in a plain loop, and in ``Trainer.fit``.
 
-A plain step is ``estimator.backward``, ``optimizer.step`` and ``zero_grad``. The denominator is the same batch through
-the same net under ``no_grad``, loss included, as many times as the estimator asks; for ``PerExample`` in the plain loop
-it is a plain step of backpropagation. The two are timed in turns within one process, so that the machine's moods meet
-both; medians are compared. Beside them stand the step's floating-point operations, in forward passes of the batch.
+    python benchmarks/step_cost.py [--seconds 20] [--threads 2] [--modes plain fit] [--json benchmarks/results/cpu.json]
 
-    python benchmarks/step_cost.py [--modes plain fit] [--steps 300] [--threads 2] [--scales 0.1112 12.34 119.9]
+The denominator is the same batch twice through the same net under ``no_grad``, loss included. In the plain loop all
+methods take turns, a step each, so that the machine's moods meet all of them: the medians and quartiles are of the
+ratios within one turn. In ``Trainer.fit`` short trainings take turns. The peers: backpropagation with ``torch.optim``;
+MeZO, written from its paper (Malladi et al., *Fine-tuning language models with just forward passes*, 2023, algorithm
+1); and torchzero's finite differences, where torchzero is installed (``pip install -e .[bench]``). Beside the times
+stand a step's floating-point operations, in forward passes of the batch.
 """
 
 import argparse
-import csv
+import json
 import logging
+import os
+import platform
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from statistics import median, quantiles
+from typing import Any
 
 import torch
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import TQDMProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zo_lightning import (
@@ -40,164 +45,276 @@ from zo_lightning import (
 )
 from zo_lightning.costs import count_flops
 from zo_lightning.data.batches import TensorBatches
+from zo_lightning.modules.classifier import AutomaticClassifier
 
-BATCH = 128
-
-
-class Method(NamedTuple):
-    """An estimator, the forward passes it asks for, and the optimizer that steps in the plain loop."""
-
-    estimator: GradientEstimator
-    forwards: int
-    optimizer: Callable[..., torch.optim.Optimizer] = AdaMM
-    beside_backpropagation: bool = False
+SCALES = 1 / 9, 12.3333, 120 - 1 / 9
+PACKAGES = "torch", "numpy", "pytorch-lightning", "torchzero"
+LR, MU = 1e-4, 1e-3
+Step = Callable[[int], object]
+Task = tuple[nn.Module, Tensor, Tensor]
 
 
-METHODS = {
-    "sphere, central, 1 direction": Method(ZerothOrder(Sphere(), seed=0), 2),
-    "Rademacher, central, 1 direction": Method(ZerothOrder(Rademacher(), seed=0), 2),
-    "Rademacher, central, SGD": Method(ZerothOrder(Rademacher(), seed=0), 2, partial(torch.optim.SGD, lr=1e-4)),
-    "sphere, central, 8 directions": Method(ZerothOrder(Sphere(), samples=8, seed=0), 16),
-    "backpropagation": Method(Backprop(), 1, torch.optim.Adam),
-    "PerExample": Method(PerExample(seed=0), 2, torch.optim.Adam, beside_backpropagation=True),
-}
+def task(scale: float, batch: int) -> Task:
+    """A net and a batch, always the same."""
+    torch.manual_seed(0)
+    return ScalableCNN(scale), torch.rand(batch, 1, 28, 28), torch.randint(10, (batch,))
 
 
-class Stopwatch(Callback):
-    """Times each whole step, from one batch's end to the next, and a block of bare forward passes in between."""
-
-    def __init__(self, forwards: int, warmup: int = 20) -> None:
-        self.forwards, self.warmup = forwards, warmup
-        self.steps: list[float] = []
-        self.bare: list[float] = []
-        self.last: float | None = None
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int
-    ) -> None:
-        if self.last is not None:
-            self.steps.append(time.perf_counter() - self.last)
-        if batch_idx % 10 == 0:
-            self.bare.append(self.forward_passes(pl_module, batch))
-        self.last = time.perf_counter()
+def bare(task: Task, passes: int = 2) -> Step:
+    """The forward passes alone."""
+    net, images, labels = task
 
     @torch.no_grad()
-    def forward_passes(self, module: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> float:
-        images, labels = batch
-        start = time.perf_counter()
-        for _ in range(self.forwards):
-            F.cross_entropy(module.net(images), labels).item()
-        return time.perf_counter() - start
+    def step(_: int) -> None:
+        for _ in range(passes):
+            F.cross_entropy(net(images), labels).item()
+
+    return step
 
 
-def in_fit(method: Method, scale: float, steps: int) -> tuple[float, float]:
-    """The median milliseconds of one whole step of ``Trainer.fit``, and of its bare forward passes."""
-    torch.manual_seed(0)
-    images, labels = torch.rand(steps * BATCH // 4, 1, 28, 28), torch.randint(10, (steps * BATCH // 4,))
-    watch = Stopwatch(method.forwards)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            max_epochs=-1,
-            logger=TensorBoardLogger(folder),
-            callbacks=[watch, TQDMProgressBar(refresh_rate=20)],
-            log_every_n_steps=50,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(Classifier(ScalableCNN(scale), method.estimator), TensorBatches(images, labels, BATCH))
-    return median(watch.steps[watch.warmup :]) * 1e3, median(watch.bare[2:]) * 1e3
+def backpropagation(task: Task) -> Step:
+    """PyTorch's own way."""
+    net, images, labels = task
+    optimizer = torch.optim.Adam(net.parameters(), LR)
 
-
-def in_a_plain_loop(method: Method, scale: float, steps: int, warmup: int = 20) -> tuple[float, float]:
-    """The median milliseconds of one step, and of its forward passes or of backpropagation's step."""
-    step = plain_step(method, scale)
-    beside = plain_step(METHODS["backpropagation"], scale) if method.beside_backpropagation else bare(method, scale)
-    times: tuple[list[float], list[float]] = [], []
-    for index in range(warmup + steps):
-        for work, into in zip((step, beside), times, strict=True):
-            began = time.perf_counter()
-            work(index)
-            into.append(time.perf_counter() - began)
-    return median(times[0][warmup:]) * 1e3, median(times[1][warmup:]) * 1e3
-
-
-def plain_step(method: Method, scale: float) -> Callable[[int], object]:
-    """A training step as one would write it without Lightning."""
-    net, images, labels = task(scale)
-    optimizer, state = method.optimizer(net.parameters()), method.estimator.init(net)
-
-    def step(index: int) -> None:
-        method.estimator.backward(lambda: F.cross_entropy(net(images), labels, reduction="none"), net, index, state)
+    def step(_: int) -> None:
+        F.cross_entropy(net(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def bare(method: Method, scale: float) -> Callable[[int], object]:
-    """The forward passes alone."""
-    net, images, labels = task(scale)
+def mezo(task: Task) -> Step:
+    """MeZO: weights are moved in place by normal numbers that are drawn four times from one seed."""
+    net, images, labels = task
+    weights = list(net.parameters())
+
+    def move(seed: int, scale: float) -> None:
+        torch.manual_seed(seed)
+        for w in weights:
+            w.add_(torch.randn_like(w), alpha=scale)
 
     @torch.no_grad()
-    def passes(_: int) -> None:
-        for _ in range(method.forwards):
-            F.cross_entropy(net(images), labels).item()
+    def step(seed: int) -> None:
+        move(seed, MU)
+        above = F.cross_entropy(net(images), labels).item()
+        move(seed, -2 * MU)
+        below = F.cross_entropy(net(images), labels).item()
+        move(seed, MU)
+        move(seed, -LR * (above - below) / (2 * MU))
 
-    return passes
-
-
-def task(scale: float) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """A net and a batch, always the same."""
-    torch.manual_seed(0)
-    return ScalableCNN(scale), torch.rand(BATCH, 1, 28, 28), torch.randint(10, (BATCH,))
+    return step
 
 
-def operations(work: Callable[[int], object]) -> float:
+def torchzero(approximator: str, task: Task) -> Step:
+    """An approximator of torchzero with its default signs, and gradient descent; no pass for the loss alone."""
+    import torchzero as tz
+
+    net, images, labels = task
+    optimizer = tz.Optimizer(net.parameters(), getattr(tz.m, approximator)(h=MU, return_approx_loss=True), tz.m.LR(LR))
+
+    def closure(backward: bool = True) -> Tensor:
+        assert not backward  # it is asked for values alone
+        return F.cross_entropy(net(images), labels)
+
+    return lambda _: optimizer.step(closure)
+
+
+def ours(estimator: GradientEstimator, optimizer: Callable[..., torch.optim.Optimizer], task: Task) -> Step:
+    """An estimator in the place of ``loss.backward()``."""
+    net, images, labels = task
+    stepped, state = optimizer(net.parameters()), estimator.init(net)
+
+    def step(index: int) -> None:
+        estimator.backward(lambda: F.cross_entropy(net(images), labels, reduction="none"), net, index, state)
+        stepped.step()
+        stepped.zero_grad()
+
+    return step
+
+
+def lean(estimator: GradientEstimator, optimizer: Callable[..., torch.optim.Optimizer], task: Task) -> Step:
+    """Estimate and step in one, in the memory of inference."""
+    net, images, labels = task
+    stepped, state = optimizer(net.parameters()), estimator.init(net)
+    return lambda index: estimator.update(stepped, lambda: F.cross_entropy(net(images), labels), net, index, state)
+
+
+SGD, ADAM, ADAMM = (partial(one, lr=LR) for one in (torch.optim.SGD, torch.optim.Adam, AdaMM))
+SIGNS, SPHERE = ZerothOrder(Rademacher(), seed=0), ZerothOrder(Sphere(), seed=0)
+PLAIN: dict[str, Callable[[Task], Step]] = {
+    "backpropagation, Adam": backpropagation,
+    "MeZO, plain loop": mezo,
+    "torchzero RandomizedFDM": partial(torchzero, "RandomizedFDM"),
+    "torchzero MeZO": partial(torchzero, "MeZO"),
+    "signs, SGD": partial(ours, SIGNS, SGD),
+    "signs, SGD, lean": partial(lean, SIGNS, SGD),
+    "sphere, AdaMM": partial(ours, SPHERE, ADAMM),
+    "signs, SGD, 8 directions, each": partial(ours, ZerothOrder(Rademacher(), samples=8, seed=0), SGD),
+    "PerExample, Adam": partial(ours, PerExample(seed=0), ADAM),
+}
+DIRECTIONS = {"signs, SGD, 8 directions, each": 8}
+FIT: dict[str, Callable[[nn.Module], LightningModule]] = {
+    "automatic optimization, Adam": lambda net: AutomaticClassifier(net, ADAM),
+    "Backprop, Adam": lambda net: Classifier(net, Backprop(), ADAM),
+    "signs, SGD": lambda net: Classifier(net, SIGNS, SGD),
+    "signs, SGD, lean": lambda net: Classifier(net, SIGNS, SGD, memory="lean"),
+    "sphere, AdaMM": lambda net: Classifier(net, SPHERE, ADAMM),
+    "PerExample, Adam": lambda net: Classifier(net, PerExample(seed=0), ADAM),
+}
+
+
+class Stopwatch(Callback):
+    """Times each whole step, from one batch's end to the next, and two bare forward passes now and then."""
+
+    def __init__(self, every: int = 5) -> None:
+        self.every = every
+        self.steps: list[float] = []
+        self.bare: list[float] = []
+        self.last: float | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
+        if self.last is not None:
+            self.steps.append(time.perf_counter() - self.last)
+        if batch_idx % self.every == 0:
+            self.bare.append(seconds(bare((pl_module.net, *batch)), 0))
+        self.last = time.perf_counter()
+
+
+def seconds(step: Step, index: int) -> float:
+    """How long one step takes."""
+    began = time.perf_counter()
+    step(index)
+    return time.perf_counter() - began
+
+
+def in_a_plain_loop(scale: float, batch: int, limit: float) -> dict[str, dict[str, Any]]:
+    """All methods in turns, a step each: milliseconds, and ratios over two bare passes of the same turn."""
+    steps: dict[str, Step] = {}
+    for name, make in PLAIN.items():
+        try:
+            steps[name] = make(task(scale, batch))
+        except ImportError as error:
+            print(f"{'':>9}  {name:<32}left out: {error}", flush=True)
+    both, one = bare(task(scale, batch)), bare(task(scale, batch), passes=1)
+    flops = {name: operations(step) / operations(one) / DIRECTIONS.get(name, 1) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    passes: list[float] = []
+    began = time.perf_counter()
+    while len(passes) < 5 or (time.perf_counter() - began < limit and len(passes) < 1000):
+        index = 10 + len(passes)
+        passes.append(seconds(both, index))
+        for name, step in steps.items():
+            times[name].append(seconds(step, index) / DIRECTIONS.get(name, 1))
+    return {
+        name: {"ms": median(times[name]) * 1e3, "flops_in_passes": flops[name], **spread(times[name], passes)}
+        for name in steps
+    }
+
+
+def in_fit(scale: float, batch: int, limit: float, steps: int = 25, warmup: int = 8) -> dict[str, dict[str, Any]]:
+    """Short trainings in turns: milliseconds of a whole step, ratios over two bare passes of the same training."""
+    images, labels = task(scale, steps * batch)[1:]
+    times: dict[str, list[float]] = {name: [] for name in FIT}
+    passes: dict[str, list[float]] = {name: [] for name in FIT}
+    began = time.perf_counter()
+    while len(times["signs, SGD"]) < 3 or time.perf_counter() - began < limit:
+        for name, make in FIT.items():
+            watch = Stopwatch()
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = Trainer(
+                    accelerator="cpu",
+                    max_steps=steps,
+                    max_epochs=-1,
+                    logger=False,
+                    default_root_dir=folder,
+                    callbacks=[watch],
+                    enable_checkpointing=False,
+                    enable_model_summary=False,
+                    enable_progress_bar=False,
+                )
+                trainer.fit(make(task(scale, 1)[0]), TensorBatches(images, labels, batch))
+            times[name].append(median(watch.steps[warmup:]))
+            passes[name].append(median(watch.bare[1:]))
+    automatic = times["automatic optimization, Adam"]
+    return {
+        name: {
+            "ms": median(times[name]) * 1e3,
+            **spread(times[name], passes[name]),
+            "over_automatic": median(a / b for a, b in zip(times[name], automatic, strict=True)),
+        }
+        for name in FIT
+    }
+
+
+def spread(times: Iterable[float], passes: Iterable[float]) -> dict[str, float]:
+    """The median of the ratios of pairs, and their quartiles."""
+    ratios = [a / b for a, b in zip(times, passes, strict=True)]
+    low, _, high = quantiles(ratios, n=4)
+    return {"ratio": median(ratios), "low": low, "high": high}
+
+
+def operations(step: Step) -> float:
     """The floating-point operations of one step, once it has settled."""
-    return [count_flops(lambda index=index: work(index)) for index in range(4)][-1]
+    return [count_flops(lambda index=index: step(index)) for index in range(4)][-1]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    git = partial(subprocess.run, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    found: dict[str, str] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return {
+        "commit": git(["git", "describe", "--always", "--dirty", "--abbrev=12"]).stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor()),
+        "cores": os.cpu_count(),
+        "load": [round(one, 1) for one in os.getloadavg()],
+        "threads": torch.get_num_threads(),
+        "versions": found,
+    }
 
 
 def main() -> None:
-    """Print a table, and the same as CSV on request."""
+    """Print a table for each size, and write all as JSON on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="(default: both)")
-    parser.add_argument("--steps", type=int, default=300, help="steps per measurement (default: 300)")
+    parser.add_argument("--seconds", type=float, default=20, help="for each size and mode (default: 20)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1 / 9, 12.3333, 120 - 1 / 9], help="of ScalableCNN")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="what to measure")
-    parser.add_argument("--csv", type=Path, help="also write the table to this file")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of ScalableCNN")
+    parser.add_argument("--batch", type=int, default=128, help="images (default: 128)")
+    parser.add_argument("--json", type=Path, help="also write the figures, and what they belong to, to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
 
-    rows = []
-    print(f"{'d':>9}  {'method':<34}{'mode':<7}{'step':>10}{'over':>26}{'ratio':>12}{'operations, in passes':>24}")
-    for scale in options.scales:
-        d = sum(p.numel() for p in ScalableCNN(scale).parameters())
-        for name in options.methods:
-            method = METHODS[name]
-            passes = operations(plain_step(method, scale)) / operations(bare(Method(Backprop(), 1), scale))
-            for mode in options.modes:
-                over = (
-                    "backpropagation's step"
-                    if mode == "plain" and method.beside_backpropagation
-                    else f"{method.forwards} forward passes"
-                )
-                step, other = MODES[mode](method, scale, options.steps)
-                rows.append((d, name, mode, round(step, 3), over, round(other, 3), round(step / other, 3), passes))
+    about, rows = {**machine(), "batch": options.batch}, []
+    for mode in options.modes:
+        last = "over automatic" if mode == "fit" else "FLOPs in passes"
+        print(f"\n{'d':>9}  {mode:<32}{'step':>11}  over 2 passes, quartiles{last:>17}")
+        for scale in options.scales:
+            d = sum(p.numel() for p in ScalableCNN(scale).parameters())
+            for name, row in MODES[mode](scale, options.batch, options.seconds).items():
+                rows.append({"mode": mode, "d": d, "method": name, **{k: round(v, 4) for k, v in row.items()}})
+                beside = row["over_automatic" if mode == "fit" else "flops_in_passes"]
+                quartiles = f"[{row['low']:.2f}, {row['high']:.2f}]"
                 print(
-                    f"{d:>9}  {name:<34}{mode:<7}{step:>7.2f} ms{over:>24}{other:>8.2f} ms{step / other:>6.2f}"
-                    f"{passes:>14.2f}",
+                    f"{d:>9,}  {name:<32}{row['ms']:>8.2f} ms{row['ratio']:>9.2f}  {quartiles:<14}{beside:>17.2f}",
                     flush=True,
                 )
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("d", "method", "mode", "step_ms", "over", "over_ms", "ratio", "flops_in_forward_passes"))
-            writer.writerows(rows)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 MODES = {"plain": in_a_plain_loop, "fit": in_fit}

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.parameters import Parameters, as_module
+from zo_lightning.parameters import Parameters, as_module, submodules
+from zo_lightning.random_states import NumPyState
 
 T = TypeVar("T")
 
@@ -245,7 +246,7 @@ class _Buffers:
     def __init__(self, module: nn.Module) -> None:
         self._saved = [
             (owner._buffers, name, buffer, buffer.detach().clone())
-            for owner in module.modules()
+            for _, owner in submodules(module)
             for name, buffer in owner._buffers.items()
             if buffer is not None
         ]
@@ -273,13 +274,13 @@ class _RandomState:
 
     def __init__(self, generators: list[torch.Generator]) -> None:
         self._torch = [(generator, generator.get_state()) for generator in generators]
-        self._python, self._numpy = random.getstate(), np.random.get_state(legacy=False)
+        self._python, self._numpy = random.getstate(), NumPyState.now()
 
     def restore(self) -> None:
         for generator, state in self._torch:
             generator.set_state(state)
         random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        self._numpy.restore()
 
 
 def _seed(generators: list[torch.Generator], seed: int) -> None:

@@ -1,10 +1,13 @@
-"""The states of all global random number generators, in a form that a checkpoint can hold without pickled objects."""
+"""The states of the global random number generators: to be put back after a pass, or to be held by a checkpoint."""
 
+import ctypes
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+
+_SIZE = 624 * 4 + 4  # bytes of a Mersenne twister: its key, and the place in it
 
 
 def random_states() -> dict[str, Any]:
@@ -29,3 +32,48 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(numbers), gauss))
     if "cuda" in states and torch.cuda.is_available() and torch.cuda.device_count() == len(states["cuda"]):
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+class NumPyState:
+    """The state of NumPy's global generator, to be put back later.
+
+    NumPy's own functions take 60 µs for both, in every training step. Here the generator's memory is compared with that
+    of the state saved last, and copied back: 4 µs as long as nobody has used it in between. A normal number that the
+    generator holds in reserve is not in that memory; while there is one, NumPy's functions do the work.
+    """
+
+    _latest: ClassVar["NumPyState | None"] = None
+
+    def __init__(self) -> None:
+        memory = _memory()
+        self._words = None if memory is None else memory.raw
+        self._state: Any = np.random.get_state(legacy=False)
+
+    @classmethod
+    def now(cls) -> "NumPyState":
+        """The present state; the object saved last, where that is it."""
+        latest, memory = cls._latest, _memory()
+        if latest is None or not latest._is_all_in(memory) or latest._words != memory.raw:  # type: ignore[union-attr]
+            latest = cls._latest = cls()
+        return latest
+
+    def restore(self) -> None:
+        """Put it back."""
+        memory = _memory()
+        if self._is_all_in(memory):
+            np.random.seed(0)  # forgets a number in reserve
+            memory.raw = self._words  # type: ignore[union-attr]
+        else:
+            np.random.set_state(self._state)
+
+    def _is_all_in(self, memory: Any) -> bool:
+        """Whether the words in a generator's memory are all there is to the state."""
+        return memory is not None and self._words is not None and not self._state["has_gauss"]
+
+
+def _memory() -> Any:
+    """The memory of NumPy's global generator, or None where it is no Mersenne twister."""
+    generator = np.random.get_bit_generator()
+    if type(generator) is not np.random.MT19937:
+        return None
+    return (ctypes.c_char * _SIZE).from_address(generator.ctypes.state_address)

@@ -12,6 +12,7 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 
 from zo_lightning.distributed import finite_everywhere
 from zo_lightning.objective import Objective
+from zo_lightning.parameters import submodules
 
 
 def logs_now(module: Any) -> bool:
@@ -73,7 +74,7 @@ class TrainingStep(Objective):
                     return self._ask()
             finally:
                 after.restore()
-        self._start = _Attributes(self.module, [m for m in self.module.modules() if isinstance(m, Metric)])
+        self._start = _Attributes(self.module, [m for _, m in submodules(self.module) if isinstance(m, Metric)])
         try:
             self.output = self._ask()
         except BaseException:
@@ -126,7 +127,7 @@ class _Attributes:
 
     def __init__(self, module: nn.Module, metrics: list[Metric]) -> None:
         self._attributes = vars(module)
-        self._values = {name: value for name, value in self._attributes.items() if _is_data(name, value)}
+        self._values = self._now()
         self._contents = [(value, value.copy()) for value in self._values.values() if type(value) in (list, dict, set)]
         self._metrics = [(metric, _state(metric)) for metric in metrics]
         self._wrapped = {id(inner) for m in metrics if isinstance(m, WrapperMetric) for inner in m.modules()}
@@ -142,14 +143,13 @@ class _Attributes:
 
     def differs(self) -> bool:
         """Whether anything is no longer as it was."""
-        now = {name: value for name, value in self._attributes.items() if _is_data(name, value)}
+        now = self._now()
         same = now.keys() == self._values.keys() and all(now[name] is value for name, value in self._values.items())
         return not same or any(held != content for held, content in self._contents) or bool(self.changed())
 
     def restore(self) -> None:
-        for name, value in list(self._attributes.items()):
-            if _is_data(name, value) and name not in self._values:
-                del self._attributes[name]
+        for name in self._now().keys() - self._values.keys():
+            del self._attributes[name]
         self._attributes.update(self._values)
         for container, content in self._contents:
             container.clear()
@@ -157,16 +157,15 @@ class _Attributes:
         for metric, state in self._metrics:
             vars(metric).update({name: _copy(value) for name, value in state.items()})
 
+    def _now(self) -> dict[str, Any]:
+        return {name: value for name, value in self._attributes.items() if name[:1] != "_" and not callable(value)}
+
 
 def _state(metric: Metric) -> dict[str, Any]:
     """What a metric's updates change: of a wrapper, which may keep numbers of its own, everything."""
     attributes = vars(metric)
     names = attributes if isinstance(metric, WrapperMetric) else (*metric._defaults, "_update_count", "_computed")
     return {name: _copy(attributes[name]) for name in names}
-
-
-def _is_data(name: str, value: Any) -> bool:
-    return not name.startswith("_") and not callable(value)
 
 
 @contextmanager

@@ -86,9 +86,11 @@ class State:
 
             return Recent(weights, moved)
         points = self.scratch("points", weights)
+        if not points[0].requires_grad:  # new ones
+            for point in points:
+                point.requires_grad_()
         for p, u, point in zip(weights.params, direction.held, points, strict=True):
-            torch.add(p, u, alpha=distance, out=point.requires_grad_(False))
-            point.requires_grad_()
+            torch.add(p, u, alpha=distance, out=point)
         return points.__getitem__
 
     def scratch(self, name: str, weights: Weights, rows: int | None = None) -> Vector:

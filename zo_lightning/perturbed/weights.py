@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
+from zo_lightning.parameters import submodules
+
 Value = Callable[[int], Tensor]
 """From the position of a weight to what its uses see."""
 
@@ -42,7 +44,7 @@ class Weights(Sequence[nn.Parameter]):
         padded: list[tuple[int, int]] = []
         opaque: set[int] = set()
         owners: dict[int, int] = {}  # by a weight's id
-        for prefix, owner in module.named_modules():
+        for prefix, owner in submodules(module):
             for name, p in owner._parameters.items():
                 if p is not None and p.requires_grad and id(p) not in owners:
                     names.append(f"{prefix}.{name}" if prefix else name)
