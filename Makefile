@@ -18,7 +18,7 @@ demo: $(VENV)/.installed-base ## Train a small network by forward passes only
 	@echo "The curves: $(BIN)/tensorboard --logdir lightning_logs"
 
 study-smoke: $(VENV)/.installed-base ## Run a small study and write its report, in lightning_logs/smoke/report
-	$(BIN)/zo-lightning study -c configs/study/smoke.yaml
+	$(BIN)/zo-lightning study -c study/smoke
 	$(BIN)/zo-lightning report lightning_logs/smoke
 
 test: $(VENV)/.installed-test ## Run the tests
@@ -35,7 +35,7 @@ format: $(VENV)/.installed-dev ## Format the code, and fix what can be fixed
 
 bench: $(VENV)/.installed-base ## Measure what a training step and observing it cost
 	$(BIN)/python benchmarks/step_cost.py
-	$(BIN)/python benchmarks/observe_cost.py --root ../shared/data
+	$(BIN)/python benchmarks/observe_cost.py --root data
 
 clean: ## Remove builds and caches; .venv and the runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
