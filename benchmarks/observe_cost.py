@@ -24,7 +24,6 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from zo_lightning.__main__ import main as zo_lightning
 
 
-
 class Times(NamedTuple):
     """Seconds that went by, and seconds of the processor."""
 
