@@ -42,7 +42,7 @@ def a_loop() -> dict[str, Any]:
     x = torch.randn(16, 8)
     y = (x.sum(1) > 0).long()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    return {"model": model, "x": x, "y": y, "batches": [(x, y)], "optimizer": optimizer}
+    return {"model": model, "x": x, "y": y, "batches": [(x, y)], "optimizer": optimizer, "step": 0}
 
 
 def imports() -> dict[str, Any]:
@@ -74,14 +74,23 @@ def of_pictures(_: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def of_snapshots(_: pytest.MonkeyPatch) -> dict[str, Any]:
-    write_snapshot(Path("lightning_logs/version_0/snapshots"), {"net.conv1.weight": torch.ones(3)}, 1, 10)
+    write_snapshot(Path("lightning_logs/version_0/snapshots"), {"net.conv1.weight": torch.ones(3)}, step=10, epoch=1)
     return {}
 
 
 def of_study(patched: pytest.MonkeyPatch) -> dict[str, Any]:
     """A study whose loss grows as d^0.25."""
     rows = [
-        {"method": method, "net": f"{d}", "d": d, "seed": seed, "epoch": 50, "train_loss": loss, "val_loss": loss}
+        {
+            "method": method,
+            "net": f"{d}",
+            "d": d,
+            "seed": seed,
+            "epoch": 50,
+            "train_loss": loss,
+            "val_loss": loss,
+            "val_accuracy": 0.9,
+        }
         for d in (1400, 169_196)
         for seed in (42, 43)
         for method, loss in (("FO-AdaMM", 1.0), ("ZO-AdaMM", d**0.25))
@@ -126,7 +135,7 @@ def test_code_of_a_page_runs(
         pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
     printed = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), patch.dict("zo_lightning.perturbed.rules.RULES"):  # one page adds a rule
         warnings.simplefilter("ignore")
         names = {"__name__": "page", **imports(), **GIVEN.get(page, lambda _: {})(monkeypatch)}
         for block in blocks(page, "python"):
