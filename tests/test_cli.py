@@ -297,7 +297,10 @@ BAD_INPUTS = {
     # configurations
     "fit -c unknown_key.yaml": r"unknown key 'model.estimtor' \(did you mean model.estimator\?\)",
     "fit -c unknown_option.yaml": r"unknown option 'smaples' \(did you mean samples\?\)",
-    "fit -c nowhere.yaml": "File does not exist: '.*nowhere.yaml'",
+    "fit -c nowhere.yaml": r"'nowhere\.yaml' is neither a file nor a configuration .*; see zo-lightning configs",
+    "fit -c minst": r"'minst' is neither .* \(did you mean mnist\?\).*",
+    "fit --config=backprp": r"'backprp' is neither .* \(did you mean estimator/backprop\?\).*",
+    "study -c smoke": r"'smoke' is neither .* \(did you mean study/smoke\?\).*",
     "fit -c broken.yaml": r".*broken\.yaml.*",  # of several files, which one?
     "fit -c prose.yaml": r".*prose\.yaml.*",
     "fit -c cycle.yaml": r"cycle\.yaml: nested too deep, or an alias \(\*name\) stands within what it names",
@@ -314,7 +317,7 @@ BAD_INPUTS = {
     "fit --trainer.callbacks WeightSnapshts": r"unknown class 'WeightSnapshts' \(did you mean WeightSnapshots\?\).*",
     "fit -c callback_option.yaml": r"callback_option\.yaml: unknown option 'kep' \(did you mean keep\?\)",
     "fit --trainer.callbacks WeightSnapshots --trainer.callbacks.keep 0": "keep must be at least 1, got 0",
-    "fit --reference nowhere": "reference 'nowhere': no callback compares with it; add -c .*observe.yaml",
+    "fit --reference nowhere": "reference 'nowhere': no callback compares with it; add -c callbacks/observe",
     "fit --trainer.callbacks WeightSimilarity --reference nowhere": "reference: run 'nowhere' does not exist",
     "fit --trainer.callbacks FilterProjection --reference other": r".* net\.conv1\.weight .* and \(1,\) in .*",
     # data

@@ -41,6 +41,7 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import Classifier, EstimatedGradient
 from zo_lightning.modules.configured import configured
 from zo_lightning.modules.driver import driver_of
+from zo_lightning.presets import with_paths
 from zo_lightning.replay.command import COMMANDS as OF_RUNS
 from zo_lightning.runs import find_checkpoint, named_folders, own_folder, settle_in
 from zo_lightning.study.command import COMMANDS as OF_STUDIES
@@ -60,7 +61,7 @@ class CLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         environment = {"default_env": True, "env_prefix": ENVIRONMENT}
         by_subcommand = {name: dict(environment) for name in self.subcommands()}
-        words = sys.argv[1:] if args is None else args
+        words = with_paths(sys.argv[1:] if args is None else args)
         self.foreign = names_model(words)
         if self.foreign:
             check_no_classifier(words)
@@ -79,7 +80,7 @@ class CLI(LightningCLI):
                 **environment,
                 **by_subcommand,
             },
-            args=args,
+            args=words,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -124,7 +125,7 @@ class CLI(LightningCLI):
         """Parse, and read the checkpoint where one is named."""
         try:
             with as_users_expect():
-                super().parse_arguments(parser, args)
+                self.config = parser.parse_args(args)  # Lightning would warn that a process has words of its own
         except OverflowError as error:
             raise UserError(f"a number is too large: {error}") from error
         options = self.config.get(self.config.get("subcommand"), {})
@@ -299,7 +300,7 @@ def _set_reference(trainer: Trainer, reference: str) -> None:
     """Give a run to the callbacks that can compare with one and have none."""
     comparing = [callback for callback in _callbacks(trainer) if hasattr(callback, "reference")]
     if not comparing:
-        raise UserError(f"reference '{reference}': no callback compares with it; add -c configs/callbacks/observe.yaml")
+        raise UserError(f"reference '{reference}': no callback compares with it; add -c callbacks/observe")
     for callback in comparing:
         callback.reference = callback.reference or reference
 

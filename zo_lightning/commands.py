@@ -10,6 +10,7 @@ from zo_lightning.cli import CLI, fit
 from zo_lightning.cli_errors import DISK, UserError
 from zo_lightning.distributed import ProcessLost, WeightsDiverged, tells_of_loss
 from zo_lightning.modules import TrainingDiverged
+from zo_lightning.presets import configs_command
 from zo_lightning.replay.command import export_command, replay_command
 from zo_lightning.study.command import report, study
 
@@ -18,6 +19,7 @@ _COMMANDS = {
     "report": lambda words: report(words, fit),
     "replay": replay_command,
     "export": export_command,
+    "configs": configs_command,
 }
 
 
