@@ -10,17 +10,16 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from zo_lightning.estimators import GradientEstimator, ZerothOrder
 from zo_lightning.modules import EstimatedGradient
+from zo_lightning.modules.driven import Driven
 from zo_lightning.modules.driver import Driver
 from zo_lightning.modules.memory import Memory
-from zo_lightning.modules.processes import check_samplers, splits_data
+from zo_lightning.modules.processes import check_samplers
 from zo_lightning.modules.refusals import expect_one_optimizer
-from zo_lightning.objective import Objective
-from zo_lightning.perturbed.state import State
 
 _REPLACED = "training_step", "backward", "optimizer_step"
 
 
-class GradientFree(Callback):
+class GradientFree(Driven, Callback):
     """Trains an unmodified LightningModule, in automatic optimization, by a gradient estimator.
 
     ``Trainer(callbacks=[GradientFree(ZerothOrder(samples=16))])``. During ``fit`` the module object's ``training_step``
@@ -65,41 +64,6 @@ class GradientFree(Callback):
         self._module: Callable[[], LightningModule | None] = lambda: None
         self._own_step: Callable[..., Any] | None = None
         self._before: dict[str, Any] = {}  # what the module object itself had, beside its class
-
-    @property
-    def splits_data(self) -> bool:
-        """Whether each of several processes must be given a batch of its own."""
-        return splits_data(self.estimator)
-
-    @property
-    def estimator_state(self) -> State:
-        """What the estimator has learned about the module; saved with checkpoints."""
-        return self._driver.state
-
-    @property
-    def forward_passes(self) -> int:
-        """Forward passes of a batch, so far; backpropagation counts three per batch."""
-        return self._driver.forward_passes
-
-    @property
-    def skipped_steps(self) -> int:
-        """Batches skipped so far."""
-        return self._driver.skipped_steps
-
-    @property
-    def flops(self) -> float:
-        """Floating-point operations so far; NaN where they cannot be counted."""
-        return self._driver.flops
-
-    @property
-    def mu_in_use(self) -> float | None:
-        """The finite-difference step, or None where the estimator has none."""
-        return self._driver.mu_in_use
-
-    @property
-    def estimated_objective(self) -> Objective | None:
-        """The loss whose gradient was estimated last, until the end of its batch."""
-        return self._driver.estimated_objective
 
     @property
     def state_key(self) -> str:

@@ -17,7 +17,7 @@ from zo_lightning.estimators.base import Estimate, step_by_tensor
 from zo_lightning.modules.delivery import Deliver, delivering, whole
 from zo_lightning.modules.memory import Memory, chooses_lean
 from zo_lightning.modules.processes import check_processes, explain_loss, keep_gradients
-from zo_lightning.modules.refusals import check_module
+from zo_lightning.modules.refusals import check_module, check_settings
 from zo_lightning.modules.training_step import NeedsGraph, NoLoss, TrainingStep, logs_now
 from zo_lightning.modules.watch import Watch
 from zo_lightning.objective import NonFiniteLoss, Objective
@@ -110,7 +110,7 @@ class Driver:
         if mu is None or not self.owner.mu_follows_lr or self._optimizer is None:
             return mu
         group = self._optimizer.param_groups[0]
-        return mu * max(1e-3, group["lr"] / group["initial_lr"])
+        return mu * max(1e-3, group["lr"] / group["initial_lr"]) if group["initial_lr"] else mu
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned and spent so far."""
@@ -136,6 +136,7 @@ class Driver:
             MisconfigurationException: they do not; the message says what to change.
         """
         trainer = module.trainer
+        check_settings(self.owner)
         check_module(module, training_step)
         check_processes(trainer, self.estimator)
         explain_loss(trainer)
