@@ -367,3 +367,19 @@ def test_stopped_while_gradients_are_accumulated(tmp_path: Path, how: str, batch
     assert bool(state[KEY]["gradients"]) == (batches > STEPS)  # not between two epochs
     again = fit(tmp_path / "a", ESTIMATORS[estimator], resume=last, **options)
     assert_same(tmp_path / "whole", tmp_path / "a", trained, again)
+
+
+@pytest.mark.parametrize("data", [Digits, Loader])
+@pytest.mark.parametrize("step", [1, 6])
+def test_a_run_goes_on_from_what_somebody_else_saved_within_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, data: type[Digits]
+) -> None:
+    monkeypatch.setitem(globals(), "Digits", data)
+
+    def saves(folder: Path) -> ModelCheckpoint:
+        return ModelCheckpoint(folder, "{step}", every_n_train_steps=step, save_top_k=-1)
+
+    trained = fit(tmp_path / "whole", zo.ZerothOrder(samples=2), saves(tmp_path / "saved"))
+    saved = tmp_path / "saved" / f"step={step}.ckpt"
+    again = fit(tmp_path / "again", zo.ZerothOrder(samples=2), saves(tmp_path / "other"), resume=saved)
+    assert same(dict(trained.state_dict()), dict(again.state_dict()))

@@ -24,7 +24,9 @@ class ExactResume(Callback):
     That is: the states of the random number generators of PyTorch, NumPy and Python; gradients that are being
     accumulated; sums of the metrics that are logged over the epoch, where it is not over; the latest values of all metrics, for schedules, early stopping and
     "best" checkpoints that watch one; and how far the curves on disk went. Of a loader that cannot say where it stands
-    the batches of the epoch are read again up to there, in the same order. It comes first among the callbacks.
+    the batches of the epoch are read again up to there, in the same order. It comes first among the callbacks. What is
+    written within the hooks at the end of a batch, by ``ModelCheckpoint(every_n_train_steps=...)``, comes before that
+    batch's point in the curves, which is then missing; the weights are the same.
 
     Attributes:
         loaded: what the checkpoint held from which the run goes on, until training has begun.
@@ -182,7 +184,8 @@ def _know_their_place(trainer: Trainer) -> bool:
 def _read_again(trainer: Trainer) -> None:
     """Pass over the batches of the epoch that are done."""
     fetcher = trainer.fit_loop._data_fetcher
-    done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    done = batches.processed  # the last one is not "completed" in a checkpoint that was written at its end
     if fetcher is None or done >= trainer.num_training_batches:
         return
     if trainer.current_epoch > 0:  # in the first epoch the loader's seed was drawn before the epoch began
@@ -242,7 +245,10 @@ def _merge(result: Any, before: dict[str, Any]) -> None:
 def _metric_states(module: LightningModule) -> dict[str, dict[str, Any]]:
     """The states of the module's torchmetrics that have been updated."""
     return {
-        name: {"_update_count": metric._update_count, **{state: _copy(getattr(metric, state)) for state in metric._defaults}}
+        name: {
+            "_update_count": metric._update_count,
+            **{state: _copy(getattr(metric, state)) for state in metric._defaults},
+        }
         for name, metric in module.named_modules()
         if isinstance(metric, Metric) and metric._update_count
     }

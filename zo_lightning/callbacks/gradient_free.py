@@ -87,7 +87,9 @@ class GradientFree(Driven, Callback):
             return
         name, others = type(pl_module).__name__, [c for c in trainer.callbacks if isinstance(c, GradientFree)]  # type: ignore[attr-defined]
         if isinstance(pl_module, EstimatedGradient):
-            raise MisconfigurationException(f"{name} has an estimator of its own: set {name}.estimator, no GradientFree")
+            raise MisconfigurationException(
+                f"{name} has an estimator of its own: set {name}.estimator, no GradientFree"
+            )
         if len(others) > 1:
             raise MisconfigurationException(f"one GradientFree trains a module, got {len(others)}")
         self._restore(pl_module)  # after a run that was killed

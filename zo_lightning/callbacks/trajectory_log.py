@@ -145,7 +145,9 @@ class TrajectoryLog(Callback):
         self._rates = tuple(float(group["lr"]) for group in groups)
         settings = _settings(groups)
         if len(settings) != len(self._settings):
-            self._give_up(self._latest.step if self._latest else 0, "the optimizer has other groups of weights than before")
+            self._give_up(
+                self._latest.step if self._latest else 0, "the optimizer has other groups of weights than before"
+            )
         elif settings != self._settings:
             changed = [
                 {name: value for name, value in now.items() if name not in before or before[name] != value}
