@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 class Net(nn.Module):
-    """A few layers that hypothesis chooses, with BatchNorm's buffers, dropout, a tied and a frozen weight among them."""
+    """A few layers that hypothesis chooses: with BatchNorm's buffers, dropout, tied and frozen weights among them."""
 
     def __init__(self, kinds: list[str], width: int, dtype: torch.dtype) -> None:
         super().__init__()
