@@ -50,7 +50,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    text = re.sub(r"\S{500,}", lambda word: f"{word[0][:100]}...", str(error))
+    text = re.sub(r"[^\s']{500,}", lambda word: f"{word[0][:100]}...", str(error))
     print(f"zo-lightning: error: {text}", file=sys.stderr)
     return code
 
