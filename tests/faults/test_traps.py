@@ -85,6 +85,9 @@ def test_what_a_training_step_appends_anywhere_grows_once_a_step(tmp_path: Path)
     """In containers of every kind, within others, and in those of the net."""
 
     class Counts(nn.Linear):
+        seen: list[int]
+        calls: int
+
         def forward(self, x: Tensor) -> Tensor:
             self.seen.append(len(x))
             self.calls += 1
@@ -93,7 +96,7 @@ def test_what_a_training_step_appends_anywhere_grows_once_a_step(tmp_path: Path)
     class Keeps(Lit):
         def make(self) -> nn.Module:
             net = Counts(4, 2)
-            net.seen, net.calls = [], 0
+            vars(net).update(seen=[], calls=0)
             return net
 
         def __init__(self) -> None:
