@@ -8,7 +8,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo study-smoke test check format docs release-check bench clean
+.PHONY: help demo study-smoke test faults check format docs release-check bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,6 +23,9 @@ study-smoke: $(VENV)/.installed-base ## Run a small study and write its report, 
 
 test: $(VENV)/.installed-test ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+faults: $(VENV)/.installed-test ## Kill runs, damage their files, fill their disks, at length
+	FAULTS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults $(ARGS)
 
 check: $(VENV)/.installed-dev ## Check style and types, change nothing
 	$(BIN)/ruff check

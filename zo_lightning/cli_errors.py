@@ -65,6 +65,9 @@ class CommandParser(argparse.ArgumentParser):
 def explain_parsing(message: str, parser: ArgumentParser) -> str:
     """Put a parser's message into one or two lines, with the names that would have been valid."""
     key = _find(r'Parser key "([^"]+)"', message)
+    subtypes, value = _find(r"Subtypes: \[(.*)\]$", message), _find(r"Given value: (.*)", message)
+    if re.match(r"<class '(int|float|bool)'>", subtypes):
+        return f"{key}: expected {_kinds(subtypes)}, got '{value}'"
     if name := _find(r"Expected a dot import path string: (\S+)", message):
         return _unknown_class(key, name)
     if name := _find(r"Problem with given class_path '([^']+)'", message):
@@ -82,9 +85,21 @@ def explain_parsing(message: str, parser: ArgumentParser) -> str:
     if name := _find(r"[Uu]nrecognized arguments: (.*)", message):
         options = [option for option in parser._option_string_actions if option.startswith("--")]
         return f"unknown argument {name}{_nearest(name.split()[0].split('=')[0], options)}"
+    if match := re.search(r"callable class: (No module named .*?)\. Got value: .*class_path='([^']+)'", message):
+        return f"{key}: cannot import '{match[2]}': {match[1]}"
+    if match := re.search(r"Expected '([^']+)' to be a subclass of (?:Union\[)?([\w, ]+)", message):
+        return f"{key}: '{match[1]}' is no {' or '.join(match[2].split(', '))}"
+    if name := _find(
+        r"Expected an import path or a subclass spec, but got (.*?)\. Got|Not a valid subclass of .*Got value: (.*)",
+        message,
+    ):
+        return f"{key}: expected the name of a class, or class_path and init_args, got '{name}'"
+    if subtypes:
+        return f"{key}: expected {_kinds(subtypes)}, got '{value}'"
     if match := re.search(r"Expected an? <class '(\w+)'>\. Got value: (.*)", message):
         return f"{key}: expected {match[1]}, got '{match[2]}'"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Expected a path but")]  # a class could stand in a file
     return re.sub(r'^Parser key "([^"]+)"', r"\1", " ".join(lines[:2]))
 
 
@@ -117,6 +132,15 @@ def check_net(net: torch.nn.Module, data: InMemoryDataModule) -> None:
         raise UserError(
             f"model.net: {what}: its output is {tuple(shape)}, not {data.num_classes} numbers for each image"
         )
+
+
+def _kinds(subtypes: str) -> str:
+    """The types of a union in a parser's message, to read."""
+    found = re.findall(
+        r"Literal\[([^\]]*)\]|<class '(?:[\w.]*\.)?(\w+)'>|Callable\[.*?\], (?:[\w.]+\[)?([\w.]+)", subtypes
+    )
+    names = [a or {"NoneType": "null", "Iterable": "a list"}.get(b) or b or c.rpartition(".")[2] for a, b, c in found]
+    return " or ".join(dict.fromkeys(names)) or subtypes
 
 
 def innermost(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """All subcommands of ``zo-lightning``, and what a shell is told of how they ended."""
 
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"zo-lightning: error: {error}", file=sys.stderr)
+    text = re.sub(r"[^\s']{500,}", lambda word: f"{word[0][:100]}...", str(error))
+    print(f"zo-lightning: error: {text}", file=sys.stderr)
     return code
 
 

@@ -112,8 +112,8 @@ def assert_ended_alike(a: Path, b: Path) -> None:
     for key in ("state_dict", "global_step", "epoch", "optimizer_states", "lr_schedulers", "estimated_gradient"):
         assert same(ends[0][key], ends[1][key]), key
     assert curves(a) == curves(b)
-    tables = [_without_times(pd.read_csv(folder / "metrics.csv")) for folder in (a, b)]
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    table, other = (_without_times(pd.read_csv(folder / "metrics.csv")) for folder in (a, b))
+    pd.testing.assert_frame_equal(table, other, check_exact=True)
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
