@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
+from zo_lightning.parameters import submodules
+
 _CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict, Counter)
 _LARGE = 1000
 """A container with more values is not searched for others within it."""
@@ -80,10 +82,11 @@ class Attributes:
 
 def keeping(module: nn.Module) -> list[nn.Module]:
     """A module and those within it that may keep something: not PyTorch's own, nor metrics, which have a state."""
-    metrics = {id(inner) for one in module.modules() if isinstance(one, Metric) for inner in one.modules()}
+    modules = [one for _, one in submodules(module)]
+    metrics = {id(inner) for one in modules if isinstance(one, Metric) for inner in one.modules()}
     return [
         one
-        for one in module.modules()
+        for one in modules
         if one is module
         or not (
             id(one) in metrics
