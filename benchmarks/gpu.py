@@ -176,7 +176,8 @@ def mixed_precision(run: Run) -> Rows:
     """Training by the mixin in half precision: losses, and seconds over those in float32."""
     x, y = task(SCALES[0], 32 * 128)[1:]
     took: dict[str, float] = {}
-    for precision in ("32-true", "bf16-mixed", *(() if run.small else ("16-mixed",))):
+    precisions: list[Any] = ["32-true", "bf16-mixed", *([] if run.small else ["16-mixed"])]
+    for precision in precisions:
         seed_everything(0, verbose=False)
         watch = step_cost.Stopwatch()
         net = ScalableCNN(run.scales[-1])

@@ -39,9 +39,9 @@ BARE, EXACT, FULL, LEAN, MANY = (
 )
 COLORS = {BARE: "0.4", EXACT: "C3", FULL: "C0", LEAN: "C2", MANY: "C1"}
 MEMORY = {BARE: "inference", EXACT: EXACT, FULL: FULL, LEAN: LEAN}
-SCALES = 1 / 9, 1.5, 12.3333, 40, 120 - 1 / 9, 320, 730
-SAMPLES = 1, 2, 4, 8, 16, 32
-BATCHES = 1, 4, 16, 64, 256, 1024
+SCALES = 1 / 9, 12.3333, 120 - 1 / 9, 730
+SAMPLES = 1, 4, 16, 32
+BATCHES = 1, 16, 128, 512
 Points = dict[str, list[tuple[float, float]]]
 
 
@@ -67,9 +67,9 @@ def milliseconds(scale: float, batch: int, samples: int, many: bool, seconds: fl
             before = time.process_time()
             step(index)
             times[name].append((time.process_time() - before) * 1e3)
-        if index >= 4 and time.perf_counter() - began > seconds:
+        if index >= 3 and time.perf_counter() - began > seconds:
             break
-    return {name: median(found[2:]) for name, found in times.items()}
+    return {name: median(found[1:]) for name, found in times.items()}
 
 
 def peak(scale: float, mode: str) -> float:

@@ -88,7 +88,7 @@ class AutomaticClassifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss."""
         if self._examples:
-            self.log("train/loss_epoch", self._loss_sum / self._examples, **of_all_ranks(self._examples))
+            self.log("train/loss_epoch", self._loss_sum / self._examples, **of_all_ranks(int(self._examples)))
         self._loss_sum, self._examples = 0.0, 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
