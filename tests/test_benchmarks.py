@@ -64,5 +64,5 @@ def test_scaling_measures_and_draws(tmp_path: Path) -> None:
     found = scaling.milliseconds(1 / 9, 2, samples=2, many=True, seconds=0)
     assert found.keys() == scaling.COLORS.keys() and min(found.values()) > 0
     points: scaling.Points = {name: [(1, 2.0), (10, 3.0)] for name in scaling.MEMORY}
-    scaling.draw({name: points for name in ("weights", "memory", "directions", "images")}, tmp_path / "a" / "cost.png")
+    scaling.draw(dict.fromkeys(("weights", "memory", "directions", "images"), points), tmp_path / "a" / "cost.png")
     assert (tmp_path / "a" / "cost.png").stat().st_size > 10_000
