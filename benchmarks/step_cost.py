@@ -169,7 +169,7 @@ FIT: dict[str, Callable[[nn.Module], LightningModule]] = {
 class Stopwatch(Callback):
     """Times each whole step, from one batch's end to the next, and two bare forward passes now and then."""
 
-    def __init__(self, every: int = 5) -> None:
+    def __init__(self, every: int = 3) -> None:
         self.every = every
         self.steps: list[float] = []
         self.bare: list[float] = []
@@ -218,7 +218,7 @@ def in_a_plain_loop(scale: float, batch: int, limit: float) -> dict[str, dict[st
     }
 
 
-def in_fit(scale: float, batch: int, limit: float, steps: int = 25, warmup: int = 8) -> dict[str, dict[str, Any]]:
+def in_fit(scale: float, batch: int, limit: float, steps: int = 18, warmup: int = 6) -> dict[str, dict[str, Any]]:
     """Short trainings in turns: milliseconds of a whole step, ratios over two bare passes of the same training."""
     images, labels = task(scale, steps * batch)[1:]
     times: dict[str, list[float]] = {name: [] for name in FIT}
