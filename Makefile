@@ -34,7 +34,7 @@ format: $(VENV)/.installed-dev ## Format the code, and fix what can be fixed
 	$(BIN)/ruff format
 
 bench: $(VENV)/.installed-bench ## Measure what a training step and observing it cost
-	$(BIN)/python benchmarks/step_cost.py --threads 2 --json benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.step_cost --threads 2 --json benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/observe_cost.py --root ../shared/data
 
 clean: ## Remove builds and caches; .venv and the runs stay
