@@ -1,6 +1,6 @@
 """What a training step costs over two bare forward passes, beside its peers: in a plain loop, and in ``Trainer.fit``.
 
-    python -m benchmarks.step_cost [--seconds 20] [--threads 2] [--clock wall] [--modes plain fit] [--json benchmarks/results/cpu.json]
+    python -m benchmarks.step_cost [--seconds 20] [--threads 2] [--clock wall] [--modes plain fit] [--json FILE]
 
 The denominator is the same batch twice through the same net under ``no_grad``, loss included. In the plain loop all
 methods take turns, a step each, so that the machine's moods meet all of them: the medians and quartiles are of the
