@@ -47,7 +47,7 @@ release-check: $(VENV)/.installed-dev ## Build the packages, install each by its
 	for package in dist/*; do .ci/installed $$package || exit 1; done
 
 bench: $(VENV)/.installed-bench ## Measure what a training step and observing it cost
-	$(BIN)/python benchmarks/step_cost.py --threads 2 --json benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.step_cost --threads 2 --json benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/observe_cost.py --root data
 
 clean: ## Remove builds and caches; .venv and the runs stay

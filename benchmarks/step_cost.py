@@ -1,6 +1,6 @@
 """What a training step costs over two bare forward passes, beside its peers: in a plain loop, and in ``Trainer.fit``.
 
-    python benchmarks/step_cost.py [--seconds 20] [--threads 2] [--modes plain fit] [--json benchmarks/results/cpu.json]
+    python -m benchmarks.step_cost [--seconds 20] [--threads 2] [--clock wall] [--modes plain fit] [--json FILE]
 
 The denominator is the same batch twice through the same net under ``no_grad``, loss included. In the plain loop all
 methods take turns, a step each, so that the machine's moods meet all of them: the medians and quartiles are of the
@@ -50,14 +50,17 @@ from zo_lightning.modules.classifier import AutomaticClassifier
 SCALES = 1 / 9, 12.3333, 120 - 1 / 9
 PACKAGES = "torch", "numpy", "pytorch-lightning", "torchzero"
 LR, MU = 1e-4, 1e-3
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+clock = CLOCKS["wall"]
 Step = Callable[[int], object]
 Task = tuple[nn.Module, Tensor, Tensor]
 
 
-def task(scale: float, batch: int) -> Task:
+def task(scale: float, batch: int, device: str = "cpu") -> Task:
     """A net and a batch, always the same."""
     torch.manual_seed(0)
-    return ScalableCNN(scale), torch.rand(batch, 1, 28, 28), torch.randint(10, (batch,))
+    net, images, labels = ScalableCNN(scale), torch.rand(batch, 1, 28, 28), torch.randint(10, (batch,))
+    return net.to(device), images.to(device), labels.to(device)
 
 
 def bare(task: Task, passes: int = 2) -> Step:
@@ -168,7 +171,7 @@ FIT: dict[str, Callable[[nn.Module], LightningModule]] = {
 class Stopwatch(Callback):
     """Times each whole step, from one batch's end to the next, and two bare forward passes now and then."""
 
-    def __init__(self, every: int = 5) -> None:
+    def __init__(self, every: int = 3) -> None:
         self.every = every
         self.steps: list[float] = []
         self.bare: list[float] = []
@@ -178,17 +181,19 @@ class Stopwatch(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
         if self.last is not None:
-            self.steps.append(time.perf_counter() - self.last)
+            self.steps.append(clock() - self.last)
         if batch_idx % self.every == 0:
             self.bare.append(seconds(bare((pl_module.net, *batch)), 0))
-        self.last = time.perf_counter()
+        self.last = clock()
 
 
 def seconds(step: Step, index: int) -> float:
-    """How long one step takes."""
-    began = time.perf_counter()
+    """How long one step takes, until a GPU has done it."""
+    began = clock()
     step(index)
-    return time.perf_counter() - began
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return clock() - began
 
 
 def in_a_plain_loop(scale: float, batch: int, limit: float) -> dict[str, dict[str, Any]]:
@@ -215,7 +220,7 @@ def in_a_plain_loop(scale: float, batch: int, limit: float) -> dict[str, dict[st
     }
 
 
-def in_fit(scale: float, batch: int, limit: float, steps: int = 25, warmup: int = 8) -> dict[str, dict[str, Any]]:
+def in_fit(scale: float, batch: int, limit: float, steps: int = 18, warmup: int = 6) -> dict[str, dict[str, Any]]:
     """Short trainings in turns: milliseconds of a whole step, ratios over two bare passes of the same training."""
     images, labels = task(scale, steps * batch)[1:]
     times: dict[str, list[float]] = {name: [] for name in FIT}
@@ -290,15 +295,18 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="(default: both)")
     parser.add_argument("--seconds", type=float, default=20, help="for each size and mode (default: 20)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="processor: others disturb it less")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="of ScalableCNN")
     parser.add_argument("--batch", type=int, default=128, help="images (default: 128)")
     parser.add_argument("--json", type=Path, help="also write the figures, and what they belong to, to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    global clock
+    clock = CLOCKS[options.clock]
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
 
-    about, rows = {**machine(), "batch": options.batch}, []
+    about, rows = {**machine(), "clock": options.clock, "batch": options.batch}, []
     for mode in options.modes:
         last = "over automatic" if mode == "fit" else "FLOPs in passes"
         print(f"\n{'d':>9}  {mode:<32}{'step':>11}  over 2 passes, quartiles{last:>17}")

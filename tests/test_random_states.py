@@ -8,9 +8,9 @@ from zo_lightning.random_states import NumPyState
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    generator, state = np.random.get_bit_generator(), np.random.get_state()
+    generator, state = np.random.mtrand.get_bit_generator(), np.random.get_state()
     yield
-    np.random.set_bit_generator(generator)
+    np.random.mtrand.set_bit_generator(generator)
     np.random.set_state(state)
 
 
@@ -29,7 +29,7 @@ def in_reserve() -> None:
 
 
 def another_kind() -> None:
-    np.random.set_bit_generator(np.random.PCG64(1))
+    np.random.mtrand.set_bit_generator(np.random.PCG64(1))
 
 
 STATES = [seeded, drawn, in_reserve, another_kind]

@@ -58,7 +58,7 @@ class Stream:
         if device.type == "cpu" or count <= _COPIED:
             counter = (block | (self.index & _WORD) << 64) - 1 & (1 << 256) - 1  # NumPy begins one later
             generator = np.random.Philox(counter=counter, key=(self.seed & _WORD) | (self.step & _WORD) << 64)
-            return torch.from_numpy(generator.random_raw(count).view(np.int64)).to(device)
+            return _sent(torch.from_numpy(generator.random_raw(count).view(np.int64)), device)
         blocks = torch.arange(block, block + -(-count // 4), device=device)
         zero = torch.zeros_like(blocks)
         counters = torch.stack([blocks, zero + _signed(self.index), zero, zero])
@@ -73,7 +73,7 @@ class Stream:
             whole = len(piece) // 8
             torch.index_select(signs, 0, bits[:whole], out=piece[: 8 * whole].view(whole, 8))
             if rows > whole:
-                piece[8 * whole :] = signs[bits[whole]][: len(piece) - 8 * whole]
+                piece[8 * whole :] = signs[bits[whole:rows]].view(-1)[: len(piece) - 8 * whole]
 
     def normals(self, out: Tensor, start: int) -> None:
         """Write independent standard normal numbers, those from ``start`` on, a multiple of ``ALIGNMENT``.
@@ -90,18 +90,23 @@ class Stream:
 def philox(counters: Tensor, key: tuple[int, int]) -> Tensor:
     """Philox-4x64-10 in PyTorch's int64 arithmetic, which wraps: [4, n] words of as many counters."""
     device = counters.device
-    multipliers = torch.tensor([[_signed(m)] for m in _MULTIPLIERS], device=device)
+    keys = [[[_signed(k + turn * w)] for k, w in zip(key, _WEYL, strict=True)] for turn in range(10)]
+    *keys, multipliers = _sent(torch.tensor([*keys, [[_signed(m)] for m in _MULTIPLIERS]]), device)
     high, low = _upper(multipliers), multipliers & _HALF
     multiplied, kept = counters[::2], counters[1::2]
-    for turn in range(10):
-        keys = torch.tensor([[_signed(k + turn * w)] for k, w in zip(key, _WEYL, strict=True)], device=device)
+    for turn_key in keys:
         # The upper words of the products of 64 bits, from products of halves.
         x_high, x_low = _upper(multiplied), multiplied & _HALF
         cross, other = x_high * low, x_low * high
         carry = (_upper(x_low * low) + (cross & _HALF) + (other & _HALF)) >> 32
         upper = x_high * high + _upper(cross) + _upper(other) + carry
-        multiplied, kept = upper.flip(0) ^ kept ^ keys, (multiplied * multipliers).flip(0)
+        multiplied, kept = upper.flip(0) ^ kept ^ turn_key, (multiplied * multipliers).flip(0)
     return torch.stack([multiplied, kept], 1).view(4, -1)
+
+
+def _sent(words: Tensor, device: torch.device) -> Tensor:
+    """Words of the CPU on a device; from pinned memory, so that nothing waits for what a GPU still has to do."""
+    return words.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else words.to(device)
 
 
 def _upper(x: Tensor) -> Tensor:

@@ -63,15 +63,11 @@ class OneByOne(Evaluation):
         if isinstance(loss, BlackBoxLoss) and loss.takes_many:
             yield from _together(loss, objective, weights, directions, stencil, state)
             return
-        centre = state.loss_at(objective, weights, _here(weights)) if 0.0 in stencil.offsets else None
+        centre = state.loss_at(objective, weights, _here(weights)) if 0.0 in stencil.offsets else 0.0
         for direction in directions:
-            losses = []
-            for offset in stencil.offsets:
-                if offset == 0.0 and centre is not None:
-                    losses.append(centre)
-                else:
-                    losses.append(state.loss_along(objective, weights, direction, offset * stencil.mu))
-            yield direction, tuple(losses)
+            moved = (state.along(weights, direction, offset * stencil.mu) for offset in stencil.offsets if offset)
+            losses = iter(objective.read([state.run(objective, weights, at, objective.unread) for at in moved]))
+            yield direction, tuple(next(losses) if offset else centre for offset in stencil.offsets)
 
 
 @dataclass(frozen=True)

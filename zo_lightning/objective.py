@@ -85,9 +85,29 @@ class Objective:
         Raises:
             NonFiniteLoss: the loss is NaN or infinite.
         """
-        value = check_loss(self.ask(self.loss, within))
-        self.values.append(value)
-        return value
+        return self.read([self.unread(within)])[0]
+
+    def unread(self, within: AbstractContextManager[Any] | None = None) -> Any:
+        """Ask for the loss once and leave it where it is: so a GPU has the next pass before it is done with this one.
+
+        Raises:
+            NonFiniteLoss: the loss is on the CPU, and NaN or infinite.
+        """
+        loss = self.ask(self.loss, within)
+        if not isinstance(loss, Tensor) or _is_read_at_once(loss) or (loss.ndim != 1 and loss.numel() != 1):
+            return check_loss(loss)
+        return loss.detach().mean() if loss.ndim == 1 else loss.detach().view(()).clone()
+
+    def read(self, unread: Sequence[Any]) -> list[float]:
+        """The values of losses that ``unread`` gave: the only moment at which a step has to wait for a GPU.
+
+        Raises:
+            NonFiniteLoss: one is NaN or infinite.
+        """
+        together = unread and all(isinstance(loss, Tensor) for loss in unread)
+        losses = torch.stack(list(unread)).tolist() if together else [float(loss) for loss in unread]
+        self.values += map(check_loss, losses)
+        return losses
 
     def ask(self, function: Callable[[], T], within: AbstractContextManager[Any] | None = None, cost: int = 1) -> T:
         """Run the loss or a part of it as a ``probe``, in a context."""
@@ -311,6 +331,11 @@ def _overlaps(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided:
         return False
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _is_read_at_once(loss: Tensor) -> bool:
+    """Whether nothing is to be waited for."""
+    return loss.device.type == "cpu"
 
 
 def _address(tensor: Tensor) -> int:

@@ -73,7 +73,7 @@ class NumPyState:
 
 def _memory() -> Any:
     """The memory of NumPy's global generator, or None where it is no Mersenne twister."""
-    generator = np.random.get_bit_generator()
+    generator = np.random.mtrand.get_bit_generator()
     if type(generator) is not np.random.MT19937:
         return None
     return (ctypes.c_char * _SIZE).from_address(generator.ctypes.state_address)

@@ -129,7 +129,7 @@ def average(weights: Weights, probes: Iterable[Probe], samples: int) -> Estimate
             gradients = direction.held.mul_(slope / samples)
         else:
             gradients.add_(direction.held, alpha=slope / samples)
-    loss = torch.tensor(total / samples, device=weights[0].device)
+    loss = torch.full((), total / samples, device=weights[0].device)  # without a wait for a GPU
     found = zip(weights, gradients, strict=True) if gradients else _one_by_one(weights, lean)
     return Estimate(loss, found, tuple(slopes))
 

@@ -58,7 +58,8 @@ class AutomaticClassifier(LightningModule):
         self.train_acc, self.val_acc, self.test_acc = (
             MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(3)
         )
-        self._loss_sum, self._examples = 0.0, 0
+        self._loss_sum: Tensor | float = 0.0
+        self._examples: Tensor | int = 0
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits [B, num_classes] of images [B, C, H, W]."""
@@ -79,14 +80,15 @@ class AutomaticClassifier(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the epoch's mean loss."""
         loss = outputs["loss"].detach()
-        if loss.isfinite():  # a skipped step keeps the loss for which it was skipped
-            self._loss_sum += loss * len(batch[1])
-            self._examples += len(batch[1])
+        # A skipped step keeps the loss for which it was skipped. To ask whether it is would wait for a GPU.
+        # Out of place: what a checkpoint brought may be on the CPU.
+        self._loss_sum = self._loss_sum + loss.nan_to_num(0.0, 0.0, 0.0) * len(batch[1])
+        self._examples = self._examples + loss.isfinite() * len(batch[1])
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss."""
         if self._examples:
-            self.log("train/loss_epoch", self._loss_sum / self._examples, **of_all_ranks(self._examples))
+            self.log("train/loss_epoch", self._loss_sum / self._examples, **of_all_ranks(int(self._examples)))
         self._loss_sum, self._examples = 0.0, 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
