@@ -41,13 +41,16 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import Classifier, EstimatedGradient
 from zo_lightning.modules.configured import configured
 from zo_lightning.modules.driver import driver_of
+from zo_lightning.presets import COMMANDS as OF_PRESETS
 from zo_lightning.presets import with_paths
 from zo_lightning.replay.command import COMMANDS as OF_RUNS
 from zo_lightning.runs import find_checkpoint, named_folders, own_folder, settle_in
 from zo_lightning.study.command import COMMANDS as OF_STUDIES
 from zo_lightning.study.folder import FINISHED
 
-_OTHERS = "There are also " + ", ".join(f"`{name}` ({what})" for name, what in {**OF_STUDIES, **OF_RUNS}.items()) + "."
+COMMANDS = {**OF_STUDIES, **OF_RUNS, **OF_PRESETS}
+"""The subcommands that are not Lightning's, and what they do."""
+_OTHERS = "There are also " + ", ".join(f"`{name}` ({what})" for name, what in COMMANDS.items()) + "."
 
 
 class CLI(LightningCLI):
