@@ -64,7 +64,7 @@ class CLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         environment = {"default_env": True, "env_prefix": ENVIRONMENT}
         by_subcommand = {name: dict(environment) for name in self.subcommands()}
-        words = with_paths(sys.argv[1:] if args is None else args)
+        self.words = words = with_paths(sys.argv[1:] if args is None else args)
         self.foreign = names_model(words)
         if self.foreign:
             check_no_classifier(words)
@@ -128,7 +128,7 @@ class CLI(LightningCLI):
         """Parse, and read the checkpoint where one is named."""
         try:
             with as_users_expect():
-                self.config = parser.parse_args(args)  # Lightning would warn that a process has words of its own
+                self.config = parser.parse_args(self.words)  # Lightning would warn of a process with words of its own
         except OverflowError as error:
             raise UserError(f"a number is too large: {error}") from error
         options = self.config.get(self.config.get("subcommand"), {})
