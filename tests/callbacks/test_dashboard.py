@@ -55,7 +55,7 @@ def test_layout_and_hyperparameters(tmp_path: Path) -> None:
         "optimizer": "Adam",
         "samples": 1,
         "task": "Classifier, Sequential",
-        "u": "Sphere",
+        "u": "Rademacher",
     }
     assert values["seed"] == torch.initial_seed()
 
