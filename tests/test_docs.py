@@ -121,7 +121,7 @@ PRINTED: dict[str, list[Callable[[list[str]], bool]]] = {
         lambda words: float(words[0]) < 0.1 and words[1] == "2.0",
     ],
     "observe.md": [lambda words: words[:2] == ["1", "10"]],
-    "study.md": [lambda words: words == ["0.25"]],
+    "study.md": [lambda words: words == ["0.25", "[0.25,", "0.25]"]],
 }
 """What those blocks of a page print that print something: at least what shows that they did what they say."""
 

@@ -41,13 +41,16 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import Classifier, EstimatedGradient
 from zo_lightning.modules.configured import configured
 from zo_lightning.modules.driver import driver_of
+from zo_lightning.presets import COMMANDS as OF_PRESETS
 from zo_lightning.presets import with_paths
 from zo_lightning.replay.command import COMMANDS as OF_RUNS
 from zo_lightning.runs import find_checkpoint, named_folders, own_folder, settle_in
 from zo_lightning.study.command import COMMANDS as OF_STUDIES
 from zo_lightning.study.folder import FINISHED
 
-_OTHERS = "There are also " + ", ".join(f"`{name}` ({what})" for name, what in {**OF_STUDIES, **OF_RUNS}.items()) + "."
+COMMANDS = {**OF_STUDIES, **OF_RUNS, **OF_PRESETS}
+"""The subcommands that are not Lightning's, and what they do."""
+_OTHERS = "There are also " + ", ".join(f"`{name}` ({what})" for name, what in COMMANDS.items()) + "."
 
 
 class CLI(LightningCLI):
@@ -61,7 +64,7 @@ class CLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         environment = {"default_env": True, "env_prefix": ENVIRONMENT}
         by_subcommand = {name: dict(environment) for name in self.subcommands()}
-        words = with_paths(sys.argv[1:] if args is None else args)
+        self.words = words = with_paths(sys.argv[1:] if args is None else args)
         self.foreign = names_model(words)
         if self.foreign:
             check_no_classifier(words)
@@ -125,7 +128,7 @@ class CLI(LightningCLI):
         """Parse, and read the checkpoint where one is named."""
         try:
             with as_users_expect():
-                self.config = parser.parse_args(args)  # Lightning would warn that a process has words of its own
+                self.config = parser.parse_args(self.words)  # Lightning would warn of a process with words of its own
         except OverflowError as error:
             raise UserError(f"a number is too large: {error}") from error
         options = self.config.get(self.config.get("subcommand"), {})

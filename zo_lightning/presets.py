@@ -68,7 +68,7 @@ def configs_command(words: list[str]) -> int:
     options = parser.parse_args(words)
     files = [find(name) for name in options.names or names()]
     if options.copy is None:
-        print("\n".join(_line(file) for file in files) if not options.names else _texts(files))
+        print(_texts(files) if options.names else "\n".join(map(_line, files)), flush=True)
         return 0
     copies = {file: options.copy / _relative(file) for file in files}
     for copy in copies.values():
