@@ -8,21 +8,24 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo study-smoke test check format bench clean
+.PHONY: help demo study-smoke test faults check format docs release-check bench clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed-base ## Train a small network by forward passes only
 	$(BIN)/zo-lightning fit
 	@echo "The curves: $(BIN)/tensorboard --logdir lightning_logs"
 
 study-smoke: $(VENV)/.installed-base ## Run a small study and write its report, in lightning_logs/smoke/report
-	$(BIN)/zo-lightning study -c configs/study/smoke.yaml
+	$(BIN)/zo-lightning study -c study/smoke
 	$(BIN)/zo-lightning report lightning_logs/smoke
 
 test: $(VENV)/.installed-test ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+faults: $(VENV)/.installed-test ## Kill runs, damage their files, fill their disks, at length
+	FAULTS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/faults $(ARGS)
 
 check: $(VENV)/.installed-dev ## Check style and types, change nothing
 	$(BIN)/ruff check
@@ -33,9 +36,19 @@ format: $(VENV)/.installed-dev ## Format the code, and fix what can be fixed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(VENV)/.installed-docs ## Build the documentation, in build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The documentation: build/docs/index.html"
+
+release-check: $(VENV)/.installed-dev ## Build the packages, install each by itself, and train outside of the repository
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	for package in dist/*; do .ci/installed $$package || exit 1; done
+
 bench: $(VENV)/.installed-bench ## Measure what a training step and observing it cost
 	$(BIN)/python -m benchmarks.step_cost --threads 2 --json benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/observe_cost.py --root ../shared/data
+	$(BIN)/python benchmarks/observe_cost.py --root data
 
 clean: ## Remove builds and caches; .venv and the runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
@@ -45,7 +58,8 @@ clean: ## Remove builds and caches; .venv and the runs stay
 CONTAINED_base := base
 CONTAINED_test := base test
 CONTAINED_bench := base bench
-CONTAINED_dev := base test dev
+CONTAINED_docs := base docs
+CONTAINED_dev := base docs test dev
 $(VENV)/.installed-%: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input --editable '.$(if $(filter base,$*),,[$*])'
 	@touch $(addprefix $(VENV)/.installed-,$(CONTAINED_$*))

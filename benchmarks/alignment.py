@@ -1,6 +1,6 @@
 """How well estimates of two forward passes each point along the true gradient: cos², on MNIST's nets.
 
-    python benchmarks/alignment.py --root ../shared/data [--scales 0.1112 12.33] [--draws 100]
+    python benchmarks/alignment.py --root data [--scales 0.1112 12.33] [--draws 100]
 
 At the initial weights, and after some steps of backpropagation; every estimate is compared with the gradient of its own
 batch. "With feedback" is the default estimator, which learns during these draws. Beside cos² stands what an estimate

@@ -1,6 +1,6 @@
 """Ways to spend the queries of a black box: accuracy on held-out images of MNIST at equal cost, d = 1,400.
 
-    python benchmarks/black_box.py --root ../shared/data [--only signs orthogonal] [--budget 4690]
+    python benchmarks/black_box.py --root data [--only signs orthogonal] [--budget 4690]
 
 Every way estimates the gradient of the loss of 32 images, has the same number of forward passes, and is followed by the
 same update rule, ``NormalizedSGD`` with a linear decay, which takes away the size of an estimate: what is compared is

@@ -1,6 +1,6 @@
 """Does the distribution of the directions matter? Accuracy on held-out images after equal budgets, ZO-AdaMM.
 
-    python benchmarks/direction_distributions.py --root ../shared/data [--tasks digits] [--only Sphere Rademacher]
+    python benchmarks/direction_distributions.py --root data [--tasks digits] [--only Sphere Rademacher]
 
 Everything but the distribution is equal: initial weights, batches, learning rate (chosen for the sphere), schedule.
 """
@@ -27,7 +27,7 @@ DISTRIBUTIONS: dict[str, Directions] = {"Sphere": Sphere(), "Gaussian": Gaussian
 
 
 class Task(NamedTuple):
-    """A net and the setting that it is trained with, as in the default and in configs/study/width.yaml."""
+    """A net and the setting that it is trained with, as in the default and in `study/width`."""
 
     net: Callable[[], nn.Module]
     samples: int

@@ -4,7 +4,7 @@ Runs of ZO-AdaMM on MNIST with d = 169,000 weights take turns, so that the machi
 their epochs, validation included, are compared: in seconds, and in seconds of the processor, which others on the
 machine disturb less. What happens once, when training ends (t-SNE), is told apart.
 
-    python benchmarks/observe_cost.py --root ../shared/data [--rounds 3] [--epochs 3]
+    python benchmarks/observe_cost.py --root data [--rounds 3] [--epochs 3]
 """
 
 import argparse
@@ -22,8 +22,6 @@ from typing import NamedTuple
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from zo_lightning.__main__ import main as zo_lightning
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 class Times(NamedTuple):
@@ -61,8 +59,8 @@ def since(then: Times) -> Times:
 def measure(root: Path, epochs: int, observed: bool) -> tuple[list[Times], Times]:
     """The times of each epoch of one run, and that of its end."""
     Stopwatch.epochs, Stopwatch.ends = [], []
-    words = ["fit", "-c", f"{CONFIGS}/mnist.yaml", "-c", f"{CONFIGS}/estimator/zo_adamm.yaml"]
-    words += ["-c", f"{CONFIGS}/callbacks/observe.yaml"] if observed else []
+    words = ["fit", "-c", "mnist", "-c", "estimator/zo_adamm"]
+    words += ["-c", "callbacks/observe"] if observed else []
     words += ["--data.root", str(root), "--trainer.callbacks+", f"{__name__}.Stopwatch"]
     words += ["--trainer.max_epochs", str(epochs), "--trainer.enable_model_summary", "false"]
     sys.argv = sys.argv[:1]  # LightningCLI warns of a command line that is not the one it was given

@@ -1,6 +1,6 @@
 """Test accuracy of every estimator after equal numbers of forward passes, and what it has cost: operations, seconds.
 
-    python benchmarks/query_efficiency.py --root ../shared/data --budgets 1000 9380 --nets digits mnist-1k
+    python benchmarks/query_efficiency.py --root data --budgets 1000 9380 --nets digits mnist-1k
     python benchmarks/query_efficiency.py --count --figure docs/query_efficiency.png
 
 Each accuracy is a row of the table file and is appended as soon as it is known; what is there already is not trained

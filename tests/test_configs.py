@@ -15,7 +15,7 @@ from zo_lightning.__main__ import main
 from zo_lightning.data import CIFAR10, FashionMNIST
 from zo_lightning.data.downloaded import DownloadedDataModule
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "zo_lightning" / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 LIMITS = """
     --trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1
@@ -58,10 +58,9 @@ def test_documented_command_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = documented_command(file)
-    assert f"configs/{file.relative_to(CONFIGS).as_posix()}" in words
+    assert file.relative_to(CONFIGS).with_suffix("").as_posix() in words
     if "--data.root" in words:
         words[words.index("--data.root") + 1] = str(request.getfixturevalue("mnist_root"))
-    (tmp_path / "configs").symlink_to(CONFIGS)  # seen from the repository's root, but written elsewhere
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["zo-lightning"])
     is_study = words[0] == "study"
@@ -69,7 +68,7 @@ def test_documented_command_runs(
     printed = capsys.readouterr()
     assert code == 0, printed.err
     assert ("cells, 0 of them finished" if is_study else "after 2 steps") in printed.out
-    assert {path.name for path in tmp_path.iterdir()} == {"configs", *WRITES.get(file.name, ())}
+    assert {path.name for path in tmp_path.iterdir()} == set(WRITES.get(file.name, ()))
 
 
 def optimizers(node: Any) -> Iterator[dict[str, Any]]:

@@ -38,6 +38,7 @@ FLOORS = {
     "cli_parser": 6,
     "locks": 5,
     "yaml_files": 5,
+    "presets": 5,
     "checkpoints": 5,
     "replay": 5,
     "runs": 6,

@@ -1,8 +1,5 @@
-"""Other people's projects: the page that tells them how, and Fabric with every estimator."""
+"""Other people's projects: Fabric with every estimator. tests/test_docs.py runs the page that tells them how."""
 
-import re
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,22 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from zo_lightning import Backprop, ForwardGradient, GradientEstimator, PerExample, ZerothOrder
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "other_projects.md"
-
-
-def test_code_of_the_page_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 5
-    names: dict[str, Any] = {"__name__": "page"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for block in blocks:
-            exec(compile(block, str(PAGE), "exec"), names)
-    assert "\n4 64\n" in "\n" + capsys.readouterr().out  # as its comment says
 
 
 class TwoNames(nn.Module):

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+import zo_lightning as zo
+from zo_lightning.__main__ import version as zo_lightning_version
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = configparser.RawConfigParser()
 CONFIG.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -82,6 +85,20 @@ def test_callbacks_is_a_link_into_the_package() -> None:
 def test_version_without_installing_anything(clone: Path) -> None:
     """``-S`` hides all installed packages: the version is answered before torch or Lightning is imported."""
     assert VERSION in run(sys.executable, "-S", "-m", "zo_lightning", "--version", cwd=clone)
+
+
+def test_version_of_the_package() -> None:
+    assert zo.__version__ == zo_lightning_version()
+
+
+def test_type_checkers_see_misspelt_names() -> None:
+    """A module with ``__getattr__`` has every name, to them: it must not be there when they look."""
+    body = ast.parse((ROOT / "zo_lightning" / "__init__.py").read_text(encoding="utf-8")).body
+    hidden = [node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "not TYPE_CHECKING"]
+    names = [[one.name for one in where if isinstance(one, ast.FunctionDef)] for where in (body, hidden[0].body)]
+    assert "__getattr__" not in names[0] and names[1] == ["__getattr__"]
+    with pytest.raises(AttributeError, match="no attribute 'ZerothOrdr'"):
+        getattr(zo, "Zeroth" + "Ordr")
 
 
 def test_version_stands_in_setup_cfg_only() -> None:

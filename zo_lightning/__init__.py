@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
     from zo_lightning.stencils import CentralDifference, ForwardDifference, Stencil
 
+    __version__: str
+
 _HOMES = {
     "ask_tell": ("AskTell",),
     "black_box": ("BlackBox", "BlackBoxLoss", "EvaluationFailed"),
@@ -108,10 +110,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'zo_lightning' has no attribute {name!r}")
-    return getattr(import_module(f"zo_lightning.{_HOME[name]}"), name)
+if not TYPE_CHECKING:  # to a type checker a module with __getattr__ has every name, misspelt ones too
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return import_module("zo_lightning.__main__").version()
+        if name not in _HOME:
+            raise AttributeError(f"module 'zo_lightning' has no attribute {name!r}")
+        return getattr(import_module(f"zo_lightning.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

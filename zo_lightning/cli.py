@@ -24,7 +24,7 @@ from zo_lightning.callbacks.trajectory_log import TrajectoryLog
 from zo_lightning.callbacks.weight_similarity import check_reference
 from zo_lightning.checkpoint_io import with_atomic_checkpoints
 from zo_lightning.checkpoints import check_complete, check_optimizer, check_weights, read_checkpoint
-from zo_lightning.cli_errors import UserError, innermost
+from zo_lightning.cli_errors import UserError, check_net, innermost
 from zo_lightning.cli_parser import (
     ENVIRONMENT,
     Parser,
@@ -41,12 +41,16 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import Classifier, EstimatedGradient
 from zo_lightning.modules.configured import configured
 from zo_lightning.modules.driver import driver_of
+from zo_lightning.presets import COMMANDS as OF_PRESETS
+from zo_lightning.presets import with_paths
 from zo_lightning.replay.command import COMMANDS as OF_RUNS
 from zo_lightning.runs import find_checkpoint, named_folders, own_folder, settle_in
 from zo_lightning.study.command import COMMANDS as OF_STUDIES
 from zo_lightning.study.folder import FINISHED
 
-_OTHERS = "There are also " + ", ".join(f"`{name}` ({what})" for name, what in {**OF_STUDIES, **OF_RUNS}.items()) + "."
+COMMANDS = {**OF_STUDIES, **OF_RUNS, **OF_PRESETS}
+"""The subcommands that are not Lightning's, and what they do."""
+_OTHERS = "There are also " + ", ".join(f"`{name}` ({what})" for name, what in COMMANDS.items()) + "."
 
 
 class CLI(LightningCLI):
@@ -60,7 +64,7 @@ class CLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         environment = {"default_env": True, "env_prefix": ENVIRONMENT}
         by_subcommand = {name: dict(environment) for name in self.subcommands()}
-        words = sys.argv[1:] if args is None else args
+        self.words = words = with_paths(sys.argv[1:] if args is None else args)
         self.foreign = names_model(words)
         if self.foreign:
             check_no_classifier(words)
@@ -79,7 +83,7 @@ class CLI(LightningCLI):
                 **environment,
                 **by_subcommand,
             },
-            args=args,
+            args=words,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -124,7 +128,7 @@ class CLI(LightningCLI):
         """Parse, and read the checkpoint where one is named."""
         try:
             with as_users_expect():
-                super().parse_arguments(parser, args)
+                self.config = parser.parse_args(self.words)  # Lightning would warn of a process with words of its own
         except OverflowError as error:
             raise UserError(f"a number is too large: {error}") from error
         options = self.config.get(self.config.get("subcommand"), {})
@@ -197,6 +201,8 @@ class CLI(LightningCLI):
                 self.datamodule.setup()
             except (ValueError, OSError) as error:
                 raise UserError(innermost(error)) from error
+            if not self.foreign:
+                check_net(self.model.net, self.datamodule)
         for callback in _callbacks(self.trainer):
             if self.subcommand == "fit" and getattr(callback, "reference", None) is not None:
                 try:
@@ -297,7 +303,7 @@ def _set_reference(trainer: Trainer, reference: str) -> None:
     """Give a run to the callbacks that can compare with one and have none."""
     comparing = [callback for callback in _callbacks(trainer) if hasattr(callback, "reference")]
     if not comparing:
-        raise UserError(f"reference '{reference}': no callback compares with it; add -c configs/callbacks/observe.yaml")
+        raise UserError(f"reference '{reference}': no callback compares with it; add -c callbacks/observe")
     for callback in comparing:
         callback.reference = callback.reference or reference
 

@@ -1,6 +1,7 @@
 """What a user reads when the command line or a configuration is wrong."""
 
 import argparse
+import copy
 import errno
 import inspect
 import re
@@ -49,6 +50,20 @@ _PLACES = {
 """Where a component stands in a configuration."""
 
 
+_ELSEWHERE_CALLED = {
+    "epochs": "max_epochs",
+    "gpus": "devices",
+    "learning_rate": "lr",
+    "num_epochs": "max_epochs",
+    "num_steps": "max_steps",
+    "q": "samples",
+    "steps": "max_steps",
+}
+"""What other libraries call options of ours."""
+
+_TYPES = {"float": "a number", "int": "a whole number", "bool": "true or false"}
+
+
 class UserError(Exception):
     """A mistake in the command line, a configuration or the files it names: one or two lines, no traceback."""
 
@@ -64,6 +79,9 @@ class CommandParser(argparse.ArgumentParser):
 def explain_parsing(message: str, parser: ArgumentParser) -> str:
     """Put a parser's message into one or two lines, with the names that would have been valid."""
     key = _find(r'Parser key "([^"]+)"', message)
+    subtypes, value = _find(r"Subtypes: \[(.*)\]$", message), _find(r"Given value: (.*)", message)
+    if match := re.match(r"<class '(int|float|bool)'>", subtypes):
+        return f"{key}: expected {_TYPES[match[1]]}, got '{value}'"  # a number, or a tensor of one
     if name := _find(r"Expected a dot import path string: (\S+)", message):
         return _unknown_class(key, name)
     if name := _find(r"Problem with given class_path '([^']+)'", message):
@@ -73,18 +91,71 @@ def explain_parsing(message: str, parser: ArgumentParser) -> str:
         name = _find(r"class_path='[^']*?(\w+)'", message)
         return f"{key}: {name or 'it'} needs {missing}"
     if name := _find(r"^Option '([^']+)' is not accepted|NestedArg\(key='([^']+)'", message):
-        return f"unknown option '{name}'{_elsewhere(name) or _nearest(name, _component_options())}"
+        called = _ELSEWHERE_CALLED.get(name, name)
+        return f"unknown option '{name}'{_elsewhere(called) or nearest(name, _component_options())}"
     if reason := _find(r"^\s*- (unknown option .*)$", message):  # of one class in a list, already explained
         return reason
     if name := _find(r"does not accept option '([^']+)'", message):
         return _unknown_key(name, parser)
     if name := _find(r"[Uu]nrecognized arguments: (.*)", message):
         options = [option for option in parser._option_string_actions if option.startswith("--")]
-        return f"unknown argument {name}{_nearest(name.split()[0].split('=')[0], options)}"
+        return f"unknown argument {name}{_nearest_option(name.split()[0].split('=')[0], options)}"
+    if match := re.search(r"callable class: (No module named .*?)\. Got value: .*class_path='([^']+)'", message):
+        return f"{key}: cannot import '{match[2]}': {match[1]}"
+    if match := re.search(r"Expected '([^']+)' to be a subclass of (?:Union\[)?([\w, ]+)", message):
+        return f"{key}: '{match[1]}' is no {' or '.join(match[2].split(', '))}"
+    if name := _find(
+        r"Expected an import path or a subclass spec, but got (.*?)\. Got|Not a valid subclass of .*Got value: (.*)",
+        message,
+    ):
+        return f"{key}: expected the name of a class, or class_path and init_args, got '{name}'"
+    if subtypes:
+        return f"{key}: expected {_kinds(subtypes)}, got '{value}'"
     if match := re.search(r"Expected an? <class '(\w+)'>\. Got value: (.*)", message):
-        return f"{key}: expected {match[1]}, got '{match[2]}'"
+        return f"{key}: expected {_TYPES.get(match[1], match[1])}, got '{match[2]}'"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Expected a path but")]  # a class could stand in a file
     return re.sub(r'^Parser key "([^"]+)"', r"\1", " ".join(lines[:2]))
+
+
+def check_net(net: torch.nn.Module, data: InMemoryDataModule) -> None:
+    """See that a net, or rather a copy of it, takes the images of its data, and knows as many classes.
+
+    Two images tell; a net that refuses them is given a whole batch, which some are made for.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        tried = copy.deepcopy(net).eval()
+    except Exception:  # of something that cannot be copied: training will tell
+        return
+    images, _ = next(iter(data.test_dataloader()))
+    what, refusal, scores = f"{type(net).__name__} does not suit {type(data).__name__}", None, None
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for batch in (images[:2], images):
+            try:
+                scores, refusal = tried(batch), None
+                break
+            except Exception as error:  # anything that a net can raise
+                refusal = error
+    if refusal is not None:
+        reason = f"{type(refusal).__name__}: {next(iter(str(refusal).splitlines()), '')}"
+        raise UserError(f"model.net: {what}, whose images are {tuple(images.shape[1:])}: {reason}")
+    shape = getattr(scores, "shape", (len(images), data.num_classes))
+    if len(shape) != 2 or shape[1] < data.num_classes:
+        raise UserError(
+            f"model.net: {what}: its output is {tuple(shape)}, not {data.num_classes} numbers for each image"
+        )
+
+
+def _kinds(subtypes: str) -> str:
+    """The types of a union in a parser's message, to read."""
+    found = re.findall(
+        r"Literal\[([^\]]*)\]|<class '(?:[\w.]*\.)?(\w+)'>|Callable\[.*?\], (?:[\w.]+\[)?([\w.]+)", subtypes
+    )
+    names = [a or {"NoneType": "null", "Iterable": "a list"}.get(b) or b or c.rpartition(".")[2] for a, b, c in found]
+    return " or ".join(dict.fromkeys(names)) or subtypes
 
 
 def innermost(error: BaseException) -> str:
@@ -93,19 +164,26 @@ def innermost(error: BaseException) -> str:
     return reasons[0] if reasons else str(error)
 
 
+def _nearest_option(name: str, options: list[str]) -> str:
+    """The option most like one that was left out of all: ``--epochs`` is ``--trainer.max_epochs`` by its last part."""
+    last = _ELSEWHERE_CALLED.get(name.removeprefix("--").rpartition(".")[2])
+    places = [option for option in options if last is not None and option.rpartition(".")[2] == last]
+    return f" (did you mean {places[0]}?)" if len(places) == 1 else nearest(name, options)
+
+
 def _unknown_class(key: str, name: str) -> str:
     kind = key.rpartition(".")[2]
     names = _class_names(kind)
     listed = f"; there are {', '.join(names)}" if 0 < len(names) <= 24 else ""
     also = "" if kind in ("estimator", "directions", "stencil", "evaluation") else ", or give a dotted import path"
-    return f"{key}: unknown class '{name}'{_nearest(name, names)}{listed}{also}"
+    return f"{key}: unknown class '{name}'{nearest(name, names)}{listed}{also}"
 
 
 def _unknown_key(name: str, parser: ArgumentParser) -> str:
     """Name the shortest beginning of a dotted key that does not exist, and the one that looks most like it."""
     known = {key for one in _with_subparsers(parser) for action in one._actions for key in _beginnings(action.dest)}
     unknown = next((key for key in _beginnings(name) if key not in known), name)
-    return f"unknown key '{unknown}'{_nearest(unknown, known)}"
+    return f"unknown key '{unknown}'{nearest(unknown, known)}"
 
 
 def _with_subparsers(parser: ArgumentParser) -> list[ArgumentParser]:
@@ -120,10 +198,16 @@ def _beginnings(key: str) -> list[str]:
     return [".".join(parts[: length + 1]) for length in range(len(parts))]
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``" (did you mean fit?)"``, or nothing where no name is like it.
+
+    Of dotted names the last part may be one that other libraries use for the same thing.
+    """
     by_lower = {candidate.lower(): candidate for candidate in names}
-    nearest = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
-    return f" (did you mean {by_lower[nearest[0]]}?)" if nearest else ""
+    beginning, dot, last = name.lower().rpartition(".")
+    word = f"{beginning}{dot}{_ELSEWHERE_CALLED.get(last, last)}"
+    like = [word] if word in by_lower else get_close_matches(word, by_lower, n=1, cutoff=0.5)
+    return f" (did you mean {by_lower[like[0]]}?)" if like else ""
 
 
 def _class_names(kind: str) -> list[str]:

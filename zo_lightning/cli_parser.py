@@ -19,6 +19,7 @@ from zo_lightning.yaml_files import read_text
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 ENVIRONMENT = "ZO_LIGHTNING"
+_SECTIONS = {"model", "trainer", "checkpoint", "last_checkpoint", "trajectory_log", "progress_bar"}
 
 
 class Parser(LightningArgumentParser):
@@ -31,11 +32,18 @@ class Parser(LightningArgumentParser):
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Parse a configuration; of several, an error names the one."""
         if Path(cfg_path).is_file():
-            read_text(Path(cfg_path))
+            check_sections(yaml.safe_load(read_text(Path(cfg_path))), Path(cfg_path))
         try:
             return super().parse_path(cfg_path, *args, **kwargs)
         except UserError as error:
             raise UserError(f"{cfg_path}: {error}") from error
+
+
+def check_sections(config: Any, path: Path) -> None:
+    """Raise UserError where a section is a number or a list, which the parser would pass over."""
+    for name in _SECTIONS & (config.keys() if isinstance(config, dict) else set()):
+        if isinstance(config[name], bool | int | float | list):
+            raise UserError(f"{path}: {name} must be options by name, got {config[name]!r}")
 
 
 class SaveConfig(SaveConfigCallback):

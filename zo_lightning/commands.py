@@ -1,15 +1,19 @@
 """All subcommands of ``zo-lightning``, and what a shell is told of how they ended."""
 
 import logging
+import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from zo_lightning.cli import CLI, fit
-from zo_lightning.cli_errors import DISK, UserError
+from zo_lightning.cli import CLI, COMMANDS, fit
+from zo_lightning.cli_errors import DISK, UserError, nearest
 from zo_lightning.distributed import ProcessLost, WeightsDiverged, tells_of_loss
 from zo_lightning.modules import TrainingDiverged
+from zo_lightning.presets import configs_command
 from zo_lightning.replay.command import export_command, replay_command
 from zo_lightning.study.command import report, study
 
@@ -18,6 +22,7 @@ _COMMANDS = {
     "report": lambda words: report(words, fit),
     "replay": replay_command,
     "export": export_command,
+    "configs": configs_command,
 }
 
 
@@ -30,6 +35,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         if words and words[0] in _COMMANDS:
             return _COMMANDS[words[0]](words[1:])
+        check_command(words)
         CLI(args)
     except UserError as error:
         return _fail(error, 2)
@@ -39,6 +45,9 @@ def main(args: list[str] | None = None) -> int:
         if not tells_of_loss(error):
             raise
         return _fail(error, 1)
+    except BrokenPipeError:  # `| head` has seen enough; what Python would still write goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except SIGTERMException as stop:
         return int(stop.code or 143)
     except OSError as error:
@@ -48,8 +57,18 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
+def check_command(words: Sequence[str]) -> None:
+    """Raise UserError where a command line begins with no subcommand, and no option."""
+    if words and (words[0].startswith("-") or words[0] in CLI.subcommands()):
+        return
+    known = (*CLI.subcommands(), *COMMANDS)
+    problem = f"unknown command '{words[0]}'{nearest(words[0], known)}" if words else "a command is missing"
+    raise UserError(f"{problem}; there are {', '.join(known)}")
+
+
 def _fail(error: Exception, code: int) -> int:
-    print(f"zo-lightning: error: {error}", file=sys.stderr)
+    text = re.sub(r"[^\s']{500,}", lambda word: f"{word[0][:100]}...", str(error))
+    print(f"zo-lightning: error: {text}", file=sys.stderr)
     return code
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from zo_lightning.parameters import Parameters, as_module, submodules
 from zo_lightning.random_states import NumPyState
@@ -137,6 +138,19 @@ class Objective:
         """Run the closure for the losses of the examples."""
         return self.loss()
 
+    def initialize(self) -> None:
+        """Give lazy weights and buffers their shapes, in one pass in evaluation mode, which leaves statistics alone."""
+        training = [one for one in self.module.modules() if one.training]
+        for one in training:
+            one.training = False
+        try:
+            with self.probe():
+                self.loss()
+        finally:
+            for one in training:
+                one.training = True
+        self._buffers, self._after_first = _Buffers(self.module), None
+
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Keep the global random state and full float32 for all probes of an estimate; nested it does nothing."""
@@ -249,6 +263,8 @@ def check_loss(loss: Any) -> float:
         value = float(loss)
     else:
         tensor = as_tensor(loss)
+        if isinstance(tensor, Tensor) and tensor.is_complex():
+            raise ValueError(f"the loss must be real, got {tensor.dtype}: take its modulus or its real part")
         if not isinstance(tensor, Tensor) or (tensor.numel() != 1 and tensor.ndim != 1) or tensor.numel() == 0:
             got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(loss).__name__
             raise ValueError(
@@ -268,7 +284,7 @@ class _Buffers:
             (owner._buffers, name, buffer, buffer.detach().clone())
             for _, owner in submodules(module)
             for name, buffer in owner._buffers.items()
-            if buffer is not None
+            if buffer is not None and not is_lazy(buffer)
         ]
 
     def __bool__(self) -> bool:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,8 @@ class Snapshot:
             ValueError: the file is damaged, or lacks one of the names.
         """
         try:
-            with safe_open(self.path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
-        except SafetensorError as error:
+            return read_tensors(self.path, names)
+        except ValueError as error:
             raise ValueError(f"snapshot '{self.path}': {error}") from error
 
     def shapes(self) -> dict[str, Tensor]:
@@ -56,6 +56,31 @@ class Snapshot:
                 return {name: torch.empty(one.get_shape(), device="meta") for name, one in slices.items()}
         except SafetensorError as error:
             raise ValueError(f"snapshot '{self.path}': {error}") from error
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors, with the checksum (CRC-32) of each in the file's metadata."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata={name: str(_checksum(tensor)) for name, tensor in plain.items()})
+
+
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Read what ``write_tensors`` wrote, or another file of safetensors, which has no checksums to compare.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or lacks one of the names.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            checksums = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    for name, tensor in tensors.items():
+        if checksums and checksums.get(name) != str(_checksum(tensor)):
+            raise ValueError(f"the checksum of '{name}' in it is wrong")
+    return tensors
 
 
 def read_snapshots(run: str | Path) -> list[Snapshot]:
@@ -92,7 +117,7 @@ def write_snapshot(
     path = folder / f"epoch={epoch:05d}{'+' if within_epoch else ''}-step={step:09d}.safetensors"
     beside = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, beside)
+        write_tensors(weights, beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -135,6 +160,12 @@ def check_empty(folder: Path) -> None:
             f"'{folder}' holds snapshots of another run: give this one a folder of its own (a logger, or another "
             "default_root_dir), or delete them"
         )
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of shape and type too: a damaged head is noticed as well."""
+    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, zlib.crc32(head))
 
 
 def _in(folder: Path) -> list[Snapshot]:

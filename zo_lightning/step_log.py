@@ -4,13 +4,13 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 _MAGIC = b"zo_lightning steps 1\n"
-_HEAD = struct.Struct("<BIIBH")  # flags, step, slopes, learning rates, forward passes
+_HEAD = struct.Struct("<BIIHI")  # flags, step, slopes, learning rates, forward passes
 _CHECKSUM = struct.Struct("<I")
 _SKIPPED, _STEPPED, _LEAVES_TRACES, _HAS_MU, _HAS_SCALE, _HASH, _SETTINGS = (1 << k for k in range(7))
 
@@ -92,24 +92,28 @@ class StepLog:
 
     Args:
         path: the file; it is made where there is none.
-        keep: which of the records that are there stay: all up to the first for which this is false.
+        place: where to go on, and what comes after it is cut off; None: at the end.
+
+    Attributes:
+        place: the checksum of all records so far, 0 before the first: it names a place in this log, and in no other.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: the file is something else, or does not hold that place.
     """
 
-    def __init__(self, path: Path, keep: Callable[[Record], bool] = lambda record: True) -> None:
+    def __init__(self, path: Path, place: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b", buffering=0)
         begin = self._file.read(len(_MAGIC))
         if not _MAGIC.startswith(begin):
             raise ValueError(f"'{path}' is no log of steps")
         self._file.seek(0)
-        end, self._sum = len(_MAGIC), 0
-        for record, after, checksum in _records(self._file):
-            if not keep(record):
-                break
-            end, self._sum = after, checksum
+        end, self.place = len(_MAGIC), 0
+        records = _records(self._file)
+        while self.place != place and (found := next(records, None)) is not None:
+            _, end, self.place = found
+        if place not in (None, self.place):
+            raise ValueError(f"'{path}' is the log of another run, or ends too early")
         self._file.truncate(end)
         self._file.seek(0)
         self._file.write(_MAGIC)
@@ -122,8 +126,9 @@ class StepLog:
             OSError: the disk is full, or the like; what was written before is intact.
         """
         data = record._pack()
-        self._sum = zlib.crc32(data, self._sum)
-        self._file.write(data + _CHECKSUM.pack(self._sum))
+        place = zlib.crc32(data, self.place)
+        self._file.write(data + _CHECKSUM.pack(place))
+        self.place = place
 
     def close(self) -> None:
         """Close the file."""
@@ -137,12 +142,29 @@ def read_steps(path: Path) -> Iterator[Record]:
         OSError: the file cannot be read.
         ValueError: it is no log.
     """
+    for record, _ in read_places(path):
+        yield record
+
+
+def read_places(path: Path) -> Iterator[tuple[Record, int]]:
+    """The records of a log, each with the place after it, as ``read_steps`` gives them."""
     with path.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ValueError(f"'{path}' is no log of steps")
         file.seek(0)
-        for record, _, _ in _records(file):
-            yield record
+        for record, _, place in _records(file):
+            yield record, place
+
+
+def unread(path: Path) -> int:
+    """How many bytes at the end of a log belong to no whole record: torn in a kill, or behind a damaged place.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        end = max((after for _, after, _ in _records(file)), default=len(_MAGIC))
+        return os.fstat(file.fileno()).st_size - end
 
 
 def _records(file: BinaryIO) -> Iterator[tuple[Record, int, int]]:

@@ -41,11 +41,11 @@ def test_layout_and_hyperparameters(tmp_path: Path) -> None:
         "_hparams_/session_start_info",
         "_hparams_/session_end_info",
     }
+    experiment = metadata.parse_experiment_plugin_data(hparams(Path(logger.log_dir))["_hparams_/experiment"])
+    heads = {info.name: info.display_name or info.name for info in experiment.hparam_infos}
+    assert (heads["d"], heads["u"], heads["estimator"]) == ("weights (d)", "directions", "estimator")
     start = hparams(Path(logger.log_dir))["_hparams_/session_start_info"]
-    values = {
-        name: value.string_value or value.number_value
-        for name, value in start.hparams.items()
-    }
+    values = {name: value.string_value or value.number_value for name, value in start.hparams.items()}
     d = sum(p.numel() for p in classifier().parameters())
     assert {name: value for name, value in values.items() if name != "seed"} == {
         "d": d,
@@ -55,7 +55,7 @@ def test_layout_and_hyperparameters(tmp_path: Path) -> None:
         "optimizer": "Adam",
         "samples": 1,
         "task": "Classifier, Sequential",
-        "u": "Sphere",
+        "u": "Rademacher",
     }
     assert values["seed"] == torch.initial_seed()
 

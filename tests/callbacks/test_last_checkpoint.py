@@ -301,14 +301,19 @@ def test_error_after_weights_were_written_leaves_the_earlier_checkpoint(tmp_path
     assert load_checked(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 2
 
 
-def test_written_once_in_an_interval_and_never_twice_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("every", "at"), [(3600.0, [1, 3 * STEPS]), (None, [3 * STEPS])])
+def test_written_after_the_first_step_in_intervals_and_once_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: float | None, at: list[int]
 ) -> None:
-    written = []
+    written: list[tuple[str, int]] = []
     save = Trainer.save_checkpoint
-    monkeypatch.setattr(Trainer, "save_checkpoint", lambda *a, **k: (written.append(a[1]), save(*a, **k)))
-    fit(tmp_path, zo.Backprop(), last={"every_seconds": 3600.0})
-    assert [Path(path).name for path in written].count("last.ckpt") == 1
+    monkeypatch.setattr(
+        Trainer,
+        "save_checkpoint",
+        lambda t, f, *a, **k: (written.append((Path(f).name, t.global_step)), save(t, f, *a, **k)),
+    )
+    fit(tmp_path, zo.Backprop(), last={"every_seconds": every})
+    assert [step for name, step in written if name == "last.ckpt"] == at
 
 
 def test_another_run_keeps_its_file(tmp_path: Path) -> None:
@@ -322,3 +327,59 @@ def test_another_run_keeps_its_file(tmp_path: Path) -> None:
 def test_interval_must_be_finite(every: float) -> None:
     with pytest.raises(ValueError, match=f"every_seconds must be a finite number of at least 0, or null, got {every}"):
         LastCheckpoint(every)
+
+
+class StopAccumulating(Callback):
+    """Stops a run at its sixth batch, the second of three whose gradients are accumulated."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def _stop(self, trainer: Trainer, how: str) -> None:
+        if how == self.how and trainer.fit_loop.total_batch_idx == 5:
+            raise RuntimeError("stopped")
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self._stop(trainer, "before the step")
+
+    def on_after_backward(self, trainer: Trainer, *_: Any) -> None:
+        self._stop(trainer, "after its backward")
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.how == "SIGTERM" and trainer.fit_loop.total_batch_idx == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("estimator", ["Backprop", "ZerothOrder", "PerExample"])
+@pytest.mark.parametrize(
+    ("how", "batches"),
+    [("SIGTERM", 6), ("before the step", 5), ("after its backward", STEPS)],
+    ids=lambda how: str(how),
+)
+def test_stopped_while_gradients_are_accumulated(tmp_path: Path, how: str, batches: int, estimator: str) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "last": EVERY_BATCH}
+    trained = fit(tmp_path / "whole", ESTIMATORS[estimator], **options)
+    with pytest.raises((SIGTERMException, RuntimeError)):
+        fit(tmp_path / "a", ESTIMATORS[estimator], StopAccumulating(how), **options)
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    state = load_checked(last)
+    assert state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == batches
+    assert bool(state[KEY]["gradients"]) == (batches > STEPS)  # not between two epochs
+    again = fit(tmp_path / "a", ESTIMATORS[estimator], resume=last, **options)
+    assert_same(tmp_path / "whole", tmp_path / "a", trained, again)
+
+
+@pytest.mark.parametrize("data", [Digits, Loader])
+@pytest.mark.parametrize("step", [1, 6])
+def test_a_run_goes_on_from_what_somebody_else_saved_within_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, data: type[Digits]
+) -> None:
+    monkeypatch.setitem(globals(), "Digits", data)
+
+    def saves(folder: Path) -> ModelCheckpoint:
+        return ModelCheckpoint(folder, "{step}", every_n_train_steps=step, save_top_k=-1)
+
+    trained = fit(tmp_path / "whole", zo.ZerothOrder(samples=2), saves(tmp_path / "saved"))
+    saved = tmp_path / "saved" / f"step={step}.ckpt"
+    again = fit(tmp_path / "again", zo.ZerothOrder(samples=2), saves(tmp_path / "other"), resume=saved)
+    assert same(dict(trained.state_dict()), dict(again.state_dict()))

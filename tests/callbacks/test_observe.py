@@ -26,7 +26,6 @@ from tests.callbacks.runs import events
 from zo_lightning.__main__ import main
 from zo_lightning.snapshots import read_snapshots
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUIET = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
 SHORT = "--trainer.max_epochs 3 --trainer.limit_train_batches 20 --trainer.limit_val_batches 5"
 LAYERS = ("conv1", "conv2", "fc1", "fc2", "fc3")
@@ -39,14 +38,14 @@ def logs(mnist_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """A first-order run, and a zeroth-order one that is compared with it."""
     folder = tmp_path_factory.mktemp("observed")
     short = os.environ.get("OBSERVE", SHORT)
-    common = f"fit -c {CONFIGS}/mnist.yaml -c {CONFIGS}/callbacks/observe.yaml --data.root {mnist_root} {short} {QUIET}"
+    common = f"fit -c mnist -c callbacks/observe --data.root {mnist_root} {short} {QUIET}"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["zo-lightning"])
         log = "--trainer.logger TensorBoardLogger --trainer.logger.save_dir lightning_logs --trainer.logger.version ''"
         for name, words in {
-            "first_order": f"-c {CONFIGS}/estimator/backprop.yaml",
-            "zeroth_order": f"-c {CONFIGS}/estimator/zo_adamm.yaml --reference lightning_logs/first_order",
+            "first_order": "-c estimator/backprop",
+            "zeroth_order": "-c estimator/zo_adamm --reference lightning_logs/first_order",
         }.items():
             assert main(shlex.split(f"{common} {words} {log} --trainer.logger.name {name}")) == 0
         yield folder / "lightning_logs"

@@ -274,6 +274,17 @@ def test_mu_follows_the_learning_rate_down_to_a_floor(tmp_path: Path) -> None:
     assert seen == pytest.approx([1e-3 / 2**halvings for halvings in range(10)] + 2 * [1e-6])
 
 
+def test_mu_has_no_rate_to_follow_where_that_begins_at_zero(tmp_path: Path) -> None:
+    class FromZero(Estimated):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    module = FromZero()
+    module.mu_follows_lr = True
+    trainer(tmp_path, max_epochs=1).fit(module)
+    assert module.mu_in_use == module.estimator.mu
+
+
 def test_what_the_training_step_keeps_grows_once_a_step(tmp_path: Path) -> None:
     class Step(Net):
         def __init__(self) -> None:

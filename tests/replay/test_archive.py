@@ -1,6 +1,7 @@
 """A run in one file, with its start's weights or with the seed that makes them."""
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -93,6 +94,11 @@ def test_mistakes_are_one_line_and_write_nothing(run: Path, tmp_path: Path) -> N
             replay_command(words)
     with pytest.raises(UserError, match="train with the callback TrajectoryLog"):
         export_command([str(tmp_path)])
+    shutil.copytree(run, other := tmp_path / "other")
+    (other / FOLDER / STEPS).write_bytes(b"something else")
+    with pytest.raises(UserError, match="is no log of steps"):
+        replay_command([str(other), "--out", str(out)])
+    shutil.rmtree(other)
     assert not out.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
@@ -109,3 +115,25 @@ def test_a_damaged_file_is_refused(run: Path, tmp_path: Path) -> None:
             continue
         found = torch.load(tmp_path / "b.ckpt", weights_only=True)["state_dict"]  # a flip in what is not read
         assert all(torch.equal(found[name], value) for name, value in end(run).items())
+
+
+def test_a_log_that_is_torn_is_replayed_up_to_there_and_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = run / FOLDER / STEPS
+    log.write_bytes(log.read_bytes()[:-3])
+    assert replay_command([str(run)]) == 0
+    said = capsys.readouterr()
+    assert "The weights after 4 steps are rebuilt" in said.out
+    assert "warning: the log is torn or damaged after step 4:" in said.err
+    assert replay_command([str(run), "--to", "2"]) == 0
+    assert "torn" not in capsys.readouterr().err
+
+
+def test_a_start_whose_weights_are_damaged_is_refused_at_any_step(run: Path) -> None:
+    file = run / FOLDER / "start.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    for command in (replay_command, export_command):
+        words = [str(run)] if command is export_command else [str(run), "--to", "1"]
+        with pytest.raises(UserError, match="is damaged: the checksum of"):
+            command(words)

@@ -1,5 +1,6 @@
 """Weights rebuilt from a start and a log of steps are those of the run, bit for bit."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.weights import Weights
 from zo_lightning.replay.rebuild import FOLDER, STEPS, rebuild
-from zo_lightning.replay.start import CannotReplay, Start
+from zo_lightning.replay.start import CannotReplay, Start, _checksum
 from zo_lightning.step_log import Check, Settings, Step, StepLog
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -184,10 +185,19 @@ def test_a_log_names_only_optimizers_and_parts_of_estimators(tmp_path: Path) -> 
     train(tmp_path, ESTIMATORS["sphere"], OPTIMIZERS["sgd"], steps=1)
     file = tmp_path / "start.json"
     text = file.read_text()
+
+    def replaced(old: str, new: str) -> str:  # by someone who knows of the checksum
+        settings = json.loads(text.replace(old, new))
+        del settings["checksum"]
+        return json.dumps({**settings, "checksum": _checksum(settings)})
+
     file.write_text(text.replace("torch.optim.sgd.SGD", "os.system"))
+    with pytest.raises(CannotReplay, match=r"damaged: the checksum of start\.json is wrong"):
+        rebuild(tmp_path)
+    file.write_text(replaced("torch.optim.sgd.SGD", "os.system"))
     with pytest.raises(CannotReplay, match=r"'os\.system', which is none of"):
         rebuild(tmp_path)
-    file.write_text(text.replace('"Sphere"', '"Popen"'))
+    file.write_text(replaced('"Sphere"', '"Popen"'))
     with pytest.raises(CannotReplay, match="'Popen', which is none of"):
         rebuild(tmp_path)
     file.write_text(text[:100])

@@ -76,7 +76,7 @@ BAD = {
     "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1, 1]": "two cells would share the folder 'FO/SmallCNN/seed_1'",
     "methods: {FO: {}}\nnets: {ScalableCNN: [big]}\nseeds: [1]": "a scale must be a number, got 'big'",
     "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nreference: ZO": "'ZO' is none of the methods FO",
-    "methods: {FO: {base: no.yaml}}\nnets: {SmallCNN: null}\nseeds: [1]": "cannot read '.*no.yaml': No such file",
+    "methods: {FO: {base: no.yaml}}\nnets: {SmallCNN: null}\nseeds: [1]": "'no.yaml' is neither a file nor",
     "methods: {FO: {by_scale: {2: {}}}}\nnets: {SmallCNN: null}\nseeds: [1]": "2.0 is none of the scales",
     "common: {seed_everything: 1}\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "seed_everything is the",
     "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nsnapshots: 0": "at least 1, or null, got 0",

@@ -147,7 +147,7 @@ def test_failed_cell_is_reported_at_the_end(tmp_path: Path, capsys: pytest.Captu
     assert cli("study -c tiny.yaml --jobs 1") == 1
     printed = capsys.readouterr()
     assert "2 of 3 cells are finished" in printed.out
-    assert re.search(r"error: Bad, ScalableCNN 1, seed 1: the loss is nan for 20 steps in a row", printed.err)
+    assert re.search(r"error: Bad, ScalableCNN 1, seed 1: the loss is nan for 20 batches in a row", printed.err)
     assert "Traceback" in (STUDY / "Bad" / "ScalableCNN_1" / "seed_1" / "error.txt").read_text()
     assert list(read_results(STUDY).missing.values()) == ["failed"]
 
@@ -239,7 +239,7 @@ def test_bad_study_is_one_clear_line_and_writes_nothing(
 
 BAD_WORDS = {
     "study": "the following arguments are required: -c/--config",
-    "study -c nowhere.yaml": "cannot read 'nowhere.yaml': No such file or directory",
+    "study -c nowhere.yaml": "'nowhere.yaml' is neither a file nor a configuration .*; see zo-lightning configs",
     "study -c tiny.yaml --jobs 0": "argument --jobs: must be a whole number of at least 1, got '0'",
     "study -c tiny.yaml --job 2": "unknown argument '--job'; see zo-lightning study --help",
     "study -c tiny.yaml --seed_everything 1": "unknown argument '--seed_everything'; .*",

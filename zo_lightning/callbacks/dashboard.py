@@ -34,6 +34,16 @@ LAYOUT = {
 }
 """Category -> chart -> the tags on it, as regular expressions. A chart shows all selected runs."""
 
+COLUMNS = {
+    "d": "weights (d)",
+    "lr": "learning rate",
+    "mu": "step (mu)",
+    "samples": "directions per step",
+    "task": "module, net",
+    "u": "directions",
+}
+"""How TensorBoard heads the columns of its table, where the name that it sorts them by is short."""
+
 
 class Dashboard(Callback):
     """Arranges TensorBoard's custom scalars page and fills its table of hyper-parameters.
@@ -103,6 +113,13 @@ def hyperparameters(trainer: Trainer, module: LightningModule) -> dict[str, str 
 
 
 def _summaries(parameters: dict[str, Any], metrics: Sequence[str]) -> tuple[Any, Any, Any]:
+    from tensorboard.plugins.hparams import plugin_data_pb2
     from torch.utils.tensorboard.summary import hparams  # slow to import
 
-    return hparams(parameters, dict.fromkeys(metrics, 0.0))
+    experiment, start, end = hparams(parameters, dict.fromkeys(metrics, 0.0))
+    plugin = experiment.value[0].metadata.plugin_data
+    data = plugin_data_pb2.HParamsPluginData.FromString(plugin.content)  # type: ignore[attr-defined]
+    for info in data.experiment.hparam_infos:
+        info.display_name = COLUMNS.get(info.name, "")
+    plugin.content = data.SerializeToString()
+    return experiment, start, end

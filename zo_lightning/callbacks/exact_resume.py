@@ -21,10 +21,12 @@ KEY = "exact_resume"
 class ExactResume(Callback):
     """Adds to every checkpoint what Lightning leaves out, and takes it up when a run goes on.
 
-    That is: the states of the random number generators of PyTorch, NumPy and Python; sums of the metrics that are
-    logged over the epoch, where it is not over; the latest values of all metrics, for schedules, early stopping and
+    That is: the states of the random number generators of PyTorch, NumPy and Python; gradients that are being
+    accumulated; sums of the metrics that are logged over the epoch, where it is not over; the latest values of all metrics, for schedules, early stopping and
     "best" checkpoints that watch one; and how far the curves on disk went. Of a loader that cannot say where it stands
-    the batches of the epoch are read again up to there, in the same order. It comes first among the callbacks.
+    the batches of the epoch are read again up to there, in the same order. It comes first among the callbacks. What is
+    written within the hooks at the end of a batch, by ``ModelCheckpoint(every_n_train_steps=...)``, comes before that
+    batch's point in the curves, which is then missing; the weights are the same.
 
     Attributes:
         loaded: what the checkpoint held from which the run goes on, until training has begun.
@@ -53,6 +55,7 @@ class ExactResume(Callback):
             "point": self._point,
             "random": self._random or random_states(),
             "epoch_began": self._epoch_began,
+            "gradients": _gradients(pl_module) if in_epoch and accumulates(trainer) else {},
             "pending": _pending(trainer) if self._point is None else None,
             "latest": {name: value.detach().clone() for name, value in trainer.callback_metrics.items()},
             "sums": _sums(trainer) if in_epoch else {},
@@ -74,6 +77,9 @@ class ExactResume(Callback):
             return
         go_on(trainer, self.loaded["point"])
         self._epoch_began = self.loaded.get("epoch_began")
+        for name, gradient in self.loaded.get("gradients", {}).items():
+            p = pl_module.get_parameter(name)
+            p.grad = torch.empty_like(p).copy_(gradient)
         if trainer.fit_loop.restarted_mid_epoch and self._epoch_began and not _know_their_place(trainer):
             set_random_states(self._epoch_began)
             _read_again(trainer)
@@ -137,6 +143,18 @@ def saved_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return dict(saved, point=saved.get("point")) if saved else {}
 
 
+def accumulates(trainer: Trainer) -> bool:
+    """Whether batches that are done await the optimizer's step."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress
+    done = batches.current.processed
+    ended = batches.is_last_batch and done == batches.current.ready
+    return done % trainer.accumulate_grad_batches != 0 and not ended
+
+
+def _gradients(module: LightningModule) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
 def _take_along(state: dict[str, Any], callback: ModelCheckpoint, beside: Path, writes: bool) -> None:
     """Let the state of a ``ModelCheckpoint`` name files in its new folder, and copy them there."""
     old, new = state.get("dirpath"), callback.dirpath
@@ -166,7 +184,8 @@ def _know_their_place(trainer: Trainer) -> bool:
 def _read_again(trainer: Trainer) -> None:
     """Pass over the batches of the epoch that are done."""
     fetcher = trainer.fit_loop._data_fetcher
-    done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    done = batches.processed  # the last one is not "completed" in a checkpoint that was written at its end
     if fetcher is None or done >= trainer.num_training_batches:
         return
     if trainer.current_epoch > 0:  # in the first epoch the loader's seed was drawn before the epoch began
@@ -226,7 +245,10 @@ def _merge(result: Any, before: dict[str, Any]) -> None:
 def _metric_states(module: LightningModule) -> dict[str, dict[str, Any]]:
     """The states of the module's torchmetrics that have been updated."""
     return {
-        name: {"_update_count": metric._update_count, **{state: _copy(getattr(metric, state)) for state in metric._defaults}}
+        name: {
+            "_update_count": metric._update_count,
+            **{state: _copy(getattr(metric, state)) for state in metric._defaults},
+        }
         for name, metric in module.named_modules()
         if isinstance(metric, Metric) and metric._update_count
     }

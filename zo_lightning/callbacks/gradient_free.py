@@ -10,17 +10,16 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from zo_lightning.estimators import GradientEstimator, ZerothOrder
 from zo_lightning.modules import EstimatedGradient
+from zo_lightning.modules.driven import Driven
 from zo_lightning.modules.driver import Driver
 from zo_lightning.modules.memory import Memory
-from zo_lightning.modules.processes import check_samplers, splits_data
+from zo_lightning.modules.processes import check_samplers
 from zo_lightning.modules.refusals import expect_one_optimizer
-from zo_lightning.objective import Objective
-from zo_lightning.perturbed.state import State
 
 _REPLACED = "training_step", "backward", "optimizer_step"
 
 
-class GradientFree(Callback):
+class GradientFree(Driven, Callback):
     """Trains an unmodified LightningModule, in automatic optimization, by a gradient estimator.
 
     ``Trainer(callbacks=[GradientFree(ZerothOrder(samples=16))])``. During ``fit`` the module object's ``training_step``
@@ -67,41 +66,6 @@ class GradientFree(Callback):
         self._before: dict[str, Any] = {}  # what the module object itself had, beside its class
 
     @property
-    def splits_data(self) -> bool:
-        """Whether each of several processes must be given a batch of its own."""
-        return splits_data(self.estimator)
-
-    @property
-    def estimator_state(self) -> State:
-        """What the estimator has learned about the module; saved with checkpoints."""
-        return self._driver.state
-
-    @property
-    def forward_passes(self) -> int:
-        """Forward passes of a batch, so far; backpropagation counts three per batch."""
-        return self._driver.forward_passes
-
-    @property
-    def skipped_steps(self) -> int:
-        """Batches skipped so far."""
-        return self._driver.skipped_steps
-
-    @property
-    def flops(self) -> float:
-        """Floating-point operations so far; NaN where they cannot be counted."""
-        return self._driver.flops
-
-    @property
-    def mu_in_use(self) -> float | None:
-        """The finite-difference step, or None where the estimator has none."""
-        return self._driver.mu_in_use
-
-    @property
-    def estimated_objective(self) -> Objective | None:
-        """The loss whose gradient was estimated last, until the end of its batch."""
-        return self._driver.estimated_objective
-
-    @property
     def state_key(self) -> str:
         """One estimator per run."""
         return type(self).__qualname__
@@ -123,7 +87,9 @@ class GradientFree(Callback):
             return
         name, others = type(pl_module).__name__, [c for c in trainer.callbacks if isinstance(c, GradientFree)]  # type: ignore[attr-defined]
         if isinstance(pl_module, EstimatedGradient):
-            raise MisconfigurationException(f"{name} has an estimator of its own: set {name}.estimator, no GradientFree")
+            raise MisconfigurationException(
+                f"{name} has an estimator of its own: set {name}.estimator, no GradientFree"
+            )
         if len(others) > 1:
             raise MisconfigurationException(f"one GradientFree trains a module, got {len(others)}")
         self._restore(pl_module)  # after a run that was killed

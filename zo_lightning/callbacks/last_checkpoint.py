@@ -17,7 +17,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from zo_lightning.callbacks.exact_resume import ExactResume
+from zo_lightning.callbacks.exact_resume import ExactResume, accumulates
 from zo_lightning.callbacks.reporting import run_folder
 from zo_lightning.progress import Point
 from zo_lightning.random_states import random_states
@@ -31,8 +31,9 @@ _AGREE = 50
 class LastCheckpoint(ExactResume):
     """Keeps ``last.ckpt`` so recent that a run which is stopped goes on with the loss of a minute at most.
 
-    It is written in time intervals, between two batches; at the end of training, also where that is within an epoch; on
-    SIGTERM; and after an error, if nothing of the model had been changed in the step that failed. The file lies beside
+    It is written after the first step, and in time intervals, between two batches; at the end of training, also where
+    that is within an epoch; on SIGTERM; and after an error, if nothing of the model had been changed in the step that
+    failed. The file lies beside
     those of ``ModelCheckpoint``, whose own ``save_last`` writes only together with a best checkpoint. A run that goes on
     from it ends with the same weights, states, metrics and curves as one that was never stopped.
 
@@ -40,7 +41,7 @@ class LastCheckpoint(ExactResume):
 
     Args:
         every_seconds: between two writings, or more where writing would take a twentieth of the time; null: only at the
-            end and on SIGTERM or an error.
+            end and on SIGTERM or an error, not after the first step either.
         weights_only: without what it takes to go on, for runs that nobody will continue.
 
     Attributes:
@@ -73,7 +74,8 @@ class LastCheckpoint(ExactResume):
         while self.path.exists() and not continued:
             version += 1
             self.path = folder / f"last-v{version}.ckpt"
-        self._written_at, self._complete = time.monotonic(), False
+        self._written_at = time.monotonic() if self.path.exists() else -math.inf  # after its first step it can go on
+        self._complete = False
         self._catch_interrupt(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,7 +89,7 @@ class LastCheckpoint(ExactResume):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if batch_idx > 0 and self._is_due(trainer):
             self._save(trainer, "batch")
-        self._before = torch.get_rng_state(), list(_versions(pl_module))
+        self._before = torch.get_rng_state(), list(_versions(pl_module, accumulates(trainer)))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write where training ends within an epoch, before Lightning treats the epoch as a whole one."""
@@ -115,7 +117,7 @@ class LastCheckpoint(ExactResume):
         if trainer.world_size > 1 or batch.ready == 0:
             return
         random, versions = self._before
-        unchanged = batch.ready > batch.completed and versions == list(_versions(pl_module))
+        unchanged = batch.ready > batch.completed and versions == list(_versions(pl_module, accumulates(trainer)))
         if not trainer.validating and not unchanged:
             return
         self._random = {**random_states(), **({} if trainer.validating else {"torch": random})}
@@ -147,7 +149,8 @@ class LastCheckpoint(ExactResume):
         self._handler = None
 
     def _is_due(self, trainer: Trainer) -> bool:
-        if self.every_seconds is None or getattr(trainer, "fast_dev_run", False):
+        """Whether it is time; not while gradients are accumulated, which the file would have to hold too."""
+        if self.every_seconds is None or getattr(trainer, "fast_dev_run", False) or accumulates(trainer):
             return False
         several = trainer.world_size > 1
         if several and trainer.global_step % _AGREE:
@@ -192,6 +195,9 @@ def telling_exit_code(trainer: Trainer) -> Iterator[None]:
         raise
 
 
-def _versions(module: LightningModule) -> Iterator[int]:
-    """A number for each weight that grows when something is written into it."""
-    return (p._version for p in module.parameters())
+def _versions(module: LightningModule, gradients: bool) -> Iterator[int]:
+    """A number for each weight, and each gradient if so wished, that grows when something is written into it."""
+    for p in module.parameters():
+        yield p._version
+        if gradients:
+            yield -1 if p.grad is None else p.grad._version

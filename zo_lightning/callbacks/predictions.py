@@ -35,7 +35,9 @@ class WritePredictions(BasePredictionWriter):
             table = torch.cat([one.detach().cpu().reshape(len(one), -1) for one in predictions])
             with file.open("w", newline="", encoding="utf-8") as stream:
                 rows = csv.writer(stream)
-                rows.writerow(["prediction"] if table.shape[1] == 1 else [f"prediction_{k}" for k in range(table.shape[1])])
+                rows.writerow(
+                    ["prediction"] if table.shape[1] == 1 else [f"prediction_{k}" for k in range(table.shape[1])]
+                )
                 rows.writerows(table.tolist())
         else:
             file = folder / f"predictions{rank}.pt"

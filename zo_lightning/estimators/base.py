@@ -206,8 +206,7 @@ def trained(objective: Objective, module: nn.Module) -> Weights:
     weights = Weights.of(module)
     if not any(map(is_lazy, weights)):
         return weights
-    with objective.probe():
-        objective.loss()
+    objective.initialize()
     return Weights.of(module)
 
 

@@ -71,8 +71,15 @@ def _pushed(objective: Objective, weights: Weights, direction: Direction) -> tup
 
     watched = DisplacedWeights(weights, Recent(weights, dual), before_write=objective.before_write)
     with objective.probe(cost=2), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-        with watched:
-            loss = objective.loss()
+        try:
+            with watched:
+                loss = objective.loss()
+        except NotImplementedError as error:
+            if "forward AD" not in str(error):
+                raise
+            raise NotImplementedError(
+                f"{str(error).splitlines()[0]} Take ZerothOrder: it needs values alone."
+            ) from error
         value = check_loss(loss)
         tangent = forward_ad.unpack_dual(loss).tangent if isinstance(loss, Tensor) else None
         if tangent is None:

@@ -17,7 +17,7 @@ from zo_lightning.estimators.base import Estimate, step_by_tensor
 from zo_lightning.modules.delivery import Deliver, delivering, whole
 from zo_lightning.modules.memory import Memory, chooses_lean
 from zo_lightning.modules.processes import check_processes, explain_loss, keep_gradients
-from zo_lightning.modules.refusals import check_module
+from zo_lightning.modules.refusals import check_module, check_settings
 from zo_lightning.modules.training_step import NeedsGraph, NoLoss, TrainingStep, logs_now
 from zo_lightning.modules.watch import Watch
 from zo_lightning.objective import NonFiniteLoss, Objective
@@ -88,6 +88,11 @@ class Driver:
         self._watch = Watch()
         self._batch: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, of a module that is being trained, takes no part in the run."""
+        of_the_run = dict.fromkeys(("recorder", "estimated_objective", "_optimizer", "_batch"))
+        return {**vars(self), **of_the_run}
+
     @property
     def estimator(self) -> GradientEstimator:
         """The owner's."""
@@ -105,7 +110,7 @@ class Driver:
         if mu is None or not self.owner.mu_follows_lr or self._optimizer is None:
             return mu
         group = self._optimizer.param_groups[0]
-        return mu * max(1e-3, group["lr"] / group["initial_lr"])
+        return mu * max(1e-3, group["lr"] / group["initial_lr"]) if group["initial_lr"] else mu
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned and spent so far."""
@@ -131,6 +136,7 @@ class Driver:
             MisconfigurationException: they do not; the message says what to change.
         """
         trainer = module.trainer
+        check_settings(self.owner)
         check_module(module, training_step)
         check_processes(trainer, self.estimator)
         explain_loss(trainer)
@@ -171,7 +177,8 @@ class Driver:
         try:
             if self.recorder is None or (output := self._recalled(estimator, objective, module)) is None:
                 output = self._estimated(estimator, objective, module)
-        except NoLoss:
+        except NoLoss:  # which the batch has to say again where a run goes on
+            self._record(objective, module.global_step, math.nan, skipped=True, leaves_traces=True)
             return None
         except NeedsGraph as error:
             if self._with_graph:
@@ -183,7 +190,9 @@ class Driver:
             self._with_graph = True  # for this batch and the later ones
             return self.training_step(ask, module, *args, **kwargs)
         except NonFiniteLoss as error:
-            self._record(objective, module.global_step, error.value, skipped=True)
+            self._record(
+                objective, module.global_step, error.value, skipped=True, leaves_traces=objective.leaves_traces
+            )
             self._skip(error, module.global_step)
             return objective.with_loss(self._without_gradient(error, module))
         finally:
@@ -246,7 +255,8 @@ class Driver:
         self._watch.look(estimator, objective, module, self.state)
         objective.commit()
         if self.recorder is not None:
-            self._record(objective, module.global_step, float(estimate.loss), estimate.slopes)
+            loss, traces = float(estimate.loss), objective.leaves_traces
+            self._record(objective, module.global_step, loss, estimate.slopes, leaves_traces=traces)
         return self._handed_over(estimate, objective)
 
     @property
@@ -273,14 +283,11 @@ class Driver:
         return self._handed_over(estimate, objective)
 
     def _record(
-        self, objective: TrainingStep, step: int, loss: float, slopes: tuple[float, ...] = (), skipped: bool = False
+        self, objective: TrainingStep, step: int, loss: float, slopes: tuple[float, ...] = (), **marks: Any
     ) -> None:
         if self.recorder is not None:
-            traces = objective.leaves_traces
             passes, mu = objective.forward_passes, self.mu_in_use
-            self.recorder.estimated(
-                Step(step, loss, slopes, mu=mu, passes=passes, skipped=skipped, stepped=False, leaves_traces=traces)
-            )
+            self.recorder.estimated(Step(step, loss, slopes, mu=mu, passes=passes, stepped=False, **marks))
 
     def _handed_over(self, estimate: Estimate, objective: TrainingStep) -> Any:
         if self._lean:

@@ -9,12 +9,11 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 
 from zo_lightning.estimators import GradientEstimator, ZerothOrder
+from zo_lightning.modules.driven import Driven
 from zo_lightning.modules.driver import Driver
 from zo_lightning.modules.memory import Memory
-from zo_lightning.modules.processes import check_samplers, splits_data
+from zo_lightning.modules.processes import check_samplers
 from zo_lightning.modules.refusals import expect_one_optimizer
-from zo_lightning.objective import Objective
-from zo_lightning.perturbed.state import State
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule as _Module
@@ -23,7 +22,7 @@ else:
     _Module = object
 
 
-class EstimatedGradient(_Module):
+class EstimatedGradient(Driven, _Module):
     """Mixin that trains a LightningModule, unchanged, by a gradient estimator in place of backpropagation.
 
     Write it first among the bases and set ``estimator``: ``class ZONet(EstimatedGradient, LitNet): estimator = ...``.
@@ -65,36 +64,6 @@ class EstimatedGradient(_Module):
         super().__init__(*args, **kwargs)
         self._driver = Driver(self)
         self._level: int | None = None  # of the training_step that runs, among those of the classes
-
-    @property
-    def estimator_state(self) -> State:
-        """What the estimator has learned about this module; saved with checkpoints."""
-        return self._driver.state
-
-    @property
-    def forward_passes(self) -> int:
-        """Forward passes of a batch spent so far; backpropagation counts three per batch."""
-        return self._driver.forward_passes
-
-    @property
-    def skipped_steps(self) -> int:
-        """Batches skipped so far."""
-        return self._driver.skipped_steps
-
-    @property
-    def flops(self) -> float:
-        """Floating-point operations spent so far; NaN where they cannot be counted."""
-        return self._driver.flops
-
-    @property
-    def mu_in_use(self) -> float | None:
-        """The finite-difference step in use, or None where the estimator has none."""
-        return self._driver.mu_in_use
-
-    @property
-    def estimated_objective(self) -> Objective | None:
-        """The loss whose gradient was estimated last, until the end of its batch, for callbacks that ask it again."""
-        return self._driver.estimated_objective
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let a class's own ``training_step`` be the loss that is estimated, as that of its bases is.
@@ -150,11 +119,6 @@ class EstimatedGradient(_Module):
         """Log what was spent, whenever the trainer logs."""
         super().on_train_batch_end(*args, **kwargs)
         self._driver.end_batch(self)
-
-    @property
-    def splits_data(self) -> bool:
-        """Whether each of several processes must be given a batch of its own."""
-        return splits_data(self.estimator)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what was spent so far."""

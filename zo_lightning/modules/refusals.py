@@ -8,6 +8,25 @@ from typing import Any
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from zo_lightning.estimators import GradientEstimator
+
+_SETTINGS = {"estimator": GradientEstimator, "memory": str, "mu_follows_lr": bool, "max_skipped_in_a_row": int}
+
+
+def check_settings(owner: Any) -> None:
+    """Raise MisconfigurationException where the name of a setting has come to stand for something else.
+
+    Args:
+        owner: of the settings: a module with the mixin, whose other bases may use the name too, or a callback.
+    """
+    for name, kind in _SETTINGS.items():
+        value = vars(owner).get("_modules", {}).get(name, getattr(owner, name))
+        if not isinstance(value, kind):
+            raise MisconfigurationException(
+                f"{type(owner).__name__}.{name} must be of type {kind.__name__}, got {type(value).__name__}: a module "
+                "that has another use for this name is trained by the callback GradientFree"
+            )
+
 
 def check_module(module: LightningModule, training_step: Callable[..., Any]) -> None:
     """Raise MisconfigurationException where a module has no one loss of a batch for an estimator to ask again.

@@ -8,9 +8,9 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.wrappers.abstract import WrapperMetric
 
 from zo_lightning.distributed import finite_everywhere
+from zo_lightning.modules.attributes import Attributes, keeping, tensors_kept
 from zo_lightning.objective import Objective
 from zo_lightning.parameters import submodules
 
@@ -33,7 +33,7 @@ class NeedsGraph(Exception):
 class TrainingStep(Objective):
     """The loss of a LightningModule's ``training_step``: its first forward pass counts, further ones leave no trace.
 
-    Every pass begins where the step began: with the batch, the metrics and the module's public attributes as they were.
+    Every pass begins where the step began: with the batch, the metrics and the modules' public attributes as they were.
     Afterwards they are as the first pass left them.
 
     Args:
@@ -51,10 +51,11 @@ class TrainingStep(Objective):
     def __init__(
         self, training_step: Callable[..., Any], module: LightningModule, /, *args: Any, **kwargs: Any
     ) -> None:
-        super().__init__(self._loss, module, inputs=list(_tensors((args, kwargs))))
+        self._keeping = keeping(module)
+        super().__init__(self._loss, module, inputs=[*_tensors((args, kwargs)), *tensors_kept(self._keeping)])
         self.training_step, self.args, self.kwargs = training_step, args, kwargs
         self.output: Any = None
-        self._start: _Attributes | None = None
+        self._start: Attributes | None = None
 
     def _loss(self) -> Tensor:
         output = self._run()
@@ -67,14 +68,14 @@ class TrainingStep(Objective):
 
     def _run(self) -> Any:
         if self._start is not None:
-            after = _Attributes(self.module, self._start.changed())
+            after = Attributes(self._keeping, self._start.changed())
             self._start.restore()
             try:
                 with _silent(self.module):
                     return self._ask()
             finally:
                 after.restore()
-        self._start = _Attributes(self.module, [m for _, m in submodules(self.module) if isinstance(m, Metric)])
+        self._start = Attributes(self._keeping, [m for _, m in submodules(self.module) if isinstance(m, Metric)])
         try:
             self.output = self._ask()
         except BaseException:
@@ -118,56 +119,6 @@ class TrainingStep(Objective):
         return {**self.output, "loss": loss} if isinstance(self.output, Mapping) else loss
 
 
-class _Attributes:
-    """A module's public attributes and the state of its metrics, to be put back later.
-
-    Containers among the attributes come back with their contents: a list of outputs, a counter, a running mean. What is
-    callable stays as it is: someone may have put a function in a method's place for the time being.
-    """
-
-    def __init__(self, module: nn.Module, metrics: list[Metric]) -> None:
-        self._attributes = vars(module)
-        self._values = self._now()
-        self._contents = [(value, value.copy()) for value in self._values.values() if type(value) in (list, dict, set)]
-        self._metrics = [(metric, _state(metric)) for metric in metrics]
-        self._wrapped = {id(inner) for m in metrics if isinstance(m, WrapperMetric) for inner in m.modules()}
-
-    def changed(self) -> list[Metric]:
-        """The metrics that have been updated since; the others need not be put back. Wrappers do not count updates."""
-        self._metrics = [
-            (metric, state)
-            for metric, state in self._metrics
-            if metric._update_count != state["_update_count"] or id(metric) in self._wrapped
-        ]
-        return [metric for metric, _ in self._metrics]
-
-    def differs(self) -> bool:
-        """Whether anything is no longer as it was."""
-        now = self._now()
-        same = now.keys() == self._values.keys() and all(now[name] is value for name, value in self._values.items())
-        return not same or any(held != content for held, content in self._contents) or bool(self.changed())
-
-    def restore(self) -> None:
-        for name in self._now().keys() - self._values.keys():
-            del self._attributes[name]
-        self._attributes.update(self._values)
-        for container, content in self._contents:
-            container.clear()
-            container.extend(content) if type(container) is list else container.update(content)
-        for metric, state in self._metrics:
-            vars(metric).update({name: _copy(value) for name, value in state.items()})
-
-    def _now(self) -> dict[str, Any]:
-        return {name: value for name, value in self._attributes.items() if name[:1] != "_" and not callable(value)}
-
-
-def _state(metric: Metric) -> dict[str, Any]:
-    """What a metric's updates change: of a wrapper, which may keep numbers of its own, everything."""
-    attributes = vars(metric)
-    names = attributes if isinstance(metric, WrapperMetric) else (*metric._defaults, "_update_count", "_computed")
-    return {name: _copy(attributes[name]) for name in names}
-
-
 @contextmanager
 def _silent(module: nn.Module) -> Iterator[None]:
     """Let ``self.log`` do nothing."""
@@ -180,10 +131,6 @@ def _silent(module: nn.Module) -> Iterator[None]:
         for name in ("log", "log_dict"):
             del attributes[name]
         attributes.update(before)
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value.copy() if type(value) is list else value
 
 
 def _own(value: Any) -> Any:

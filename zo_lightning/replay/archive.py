@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from pytorch_lightning import seed_everything
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from zo_lightning.distributed import fingerprint
 from zo_lightning.replay.rebuild import STEPS, trajectory_folder
-from zo_lightning.replay.start import SETTINGS, WEIGHTS, CannotReplay, contiguous, whole
+from zo_lightning.replay.start import SETTINGS, WEIGHTS, CannotReplay, Start, contiguous, whole
+from zo_lightning.snapshots import write_tensors
 
 SEED = "seed.json"
 _KNOWN = ("zo_lightning", "torch", "torchvision")
@@ -34,12 +34,12 @@ def export(run: Path, out: Path, weights: bool = False) -> int:
         weights: whether the start's weights are written in any case.
 
     Raises:
-        CannotReplay: the run has no log.
+        CannotReplay: the run has no log, or its start is damaged.
         OSError: a file cannot be read or written; ``out`` appears whole or not at all.
     """
     folder = trajectory_folder(run)
-    tensors = load((folder / WEIGHTS).read_bytes())
-    seeded = None if weights else _seeded(run, tensors)
+    start = Start.read(folder)
+    seeded = None if weights else _seeded(run, start.tensors)
 
     def write(path: Path) -> None:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
@@ -90,7 +90,7 @@ class Opened(tempfile.TemporaryDirectory[str]):
                     f"seed {seeded['seed']} does not make the weights here that the run began with: other versions of "
                     "PyTorch or of the net; export again where it began, with --weights"
                 )
-            (folder / WEIGHTS).write_bytes(save(tensors))
+            write_tensors(tensors, folder / WEIGHTS)
         return folder
 
 

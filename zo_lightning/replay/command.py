@@ -1,5 +1,6 @@
 """The subcommands ``replay`` and ``export``."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from zo_lightning.cli_errors import CommandParser, UserError
 from zo_lightning.replay.archive import Opened, export
 from zo_lightning.replay.rebuild import STEPS, rebuild, trajectory_folder
 from zo_lightning.replay.start import CannotReplay, contiguous, whole
-from zo_lightning.step_log import Step, read_steps
+from zo_lightning.step_log import Step, read_steps, unread
 
 COMMANDS = {
     "replay": "rebuild the weights of any step of a run from its log, without data or forward passes",
@@ -46,10 +47,14 @@ def replay_command(words: list[str]) -> int:
             total = options.to if options.to is not None else _steps(folder)
             with tqdm(total=total, unit="step", desc="replay", disable=None) as bar:
                 rebuilt = rebuild(folder, options.to, lambda step: bar.update(step - bar.n))
-    except (CannotReplay, OSError) as error:
+            torn = unread(trajectory_folder(folder) / STEPS) if options.to is None else 0
+    except (ValueError, OSError) as error:  # CannotReplay, and what a damaged log is
         raise UserError(str(error)) from error
     checked = "" if rebuilt.checked is None else f", equal to the run's own at step {rebuilt.checked:,}"
     print(f"The weights after {rebuilt.step:,} steps are rebuilt{checked}.")
+    if torn:
+        what = f"the log is torn or damaged after step {rebuilt.step:,}: {torn:,} bytes are left out"
+        print(f"zo-lightning: warning: {what}", file=sys.stderr)
     if options.out is not None:
         try:
             whole(options.out, lambda path: _write(path, options.out.suffix, rebuilt.tensors))

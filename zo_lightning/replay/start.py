@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -19,6 +18,7 @@ import zo_lightning.estimators as estimators
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.estimators.base import resolve_seed
 from zo_lightning.perturbed.weights import Weights
+from zo_lightning.snapshots import read_tensors, write_tensors
 
 SETTINGS, WEIGHTS = "start.json", "start.safetensors"
 _COMPONENTS = ("directions", "stencils", "evaluation", "distributed")
@@ -141,8 +141,10 @@ class Start:
     def write(self, folder: Path) -> None:
         """Write ``start.json`` and ``start.safetensors``, each whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        whole(folder / WEIGHTS, lambda path: save_file(contiguous(self.tensors), path))
-        whole(folder / SETTINGS, lambda path: path.write_text(json.dumps(self.settings(), indent=1), encoding="utf-8"))
+        settings = self.settings()
+        text = json.dumps({**settings, "checksum": _checksum(settings)}, indent=1)
+        whole(folder / WEIGHTS, lambda path: write_tensors(contiguous(self.tensors), path))
+        whole(folder / SETTINGS, lambda path: path.write_text(text, encoding="utf-8"))
 
     @classmethod
     def read(cls, folder: Path) -> "Start":
@@ -153,10 +155,12 @@ class Start:
         """
         try:
             settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            return cls.from_settings(settings, load_file(folder / WEIGHTS))
+            if settings.pop("checksum") != _checksum(settings):
+                raise CannotReplay(f"the start in '{folder}' is damaged: the checksum of {SETTINGS} is wrong")
+            return cls.from_settings(settings, read_tensors(folder / WEIGHTS))
         except FileNotFoundError as error:
             raise CannotReplay(f"'{error.filename or folder / WEIGHTS}' does not exist") from error
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, CannotReplay):
                 raise
             raise CannotReplay(f"the start in '{folder}' is damaged: {error}") from error
@@ -200,6 +204,11 @@ class Start:
             raise CannotReplay(f"the optimizer '{self.optimizer}' cannot be made: {error}") from error
 
 
+def draws_from(estimator: Any) -> tuple[Any, int] | None:
+    """What decides the directions of each step, all that a replay takes from an estimator; None where slopes do not."""
+    return (estimator.directions, resolve_seed(estimator.seed)) if estimator.replays else None
+
+
 def as_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an optimizer's group as they were before JSON made lists of tuples."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
@@ -215,6 +224,11 @@ def whole(path: Path, write: Any) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _checksum(settings: Mapping[str, Any]) -> int:
+    """CRC-32 of settings as JSON has them, tuples as lists."""
+    return zlib.crc32(json.dumps(settings, sort_keys=True).encode())
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

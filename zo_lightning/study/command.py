@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from zo_lightning.cli_errors import CommandParser, UserError
+from zo_lightning.presets import find
 from zo_lightning.study.folder import claim, is_finished, seconds_of
 from zo_lightning.study.grid import Cell, Study, read_study
 from zo_lightning.study.runs import Fit, Outcome, run_cells
@@ -27,7 +28,7 @@ def study(words: list[str], fit: Fit) -> int:
         UserError: the command line or the study's file is wrong; nothing has been written.
     """
     options, rest = _study_parser().parse_known_args(words)
-    declared = read_study(options.config, _fit_options(rest))
+    declared = read_study(find(options.config), _fit_options(rest))
     jobs = options.jobs or os.cpu_count() or 1
     folder = LOGS / declared.name
     from zo_lightning.study.plan import check, estimate
@@ -87,10 +88,10 @@ def _study_parser() -> CommandParser:
     parser = CommandParser(
         prog="zo-lightning study",
         description=COMMANDS["study"].capitalize() + ".",
-        epilog="Further options, such as --data.root ../shared/data, are given to every run as they would be to `fit`.",
+        epilog="Further options, such as --data.root data, are given to every run as they would be to `fit`.",
         allow_abbrev=False,
     )
-    parser.add_argument("-c", "--config", type=Path, required=True, help="the study, such as configs/study/smoke.yaml")
+    parser.add_argument("-c", "--config", required=True, help="the study: a file, or study/smoke and the like")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and estimate the time; train nothing")
     parser.add_argument("--jobs", type=_positive, help="cells at a time; default: as many as there are cores")
     parser.add_argument("--threads", type=_positive, default=1, help="threads of each; default 1")

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from zo_lightning.cli_errors import UserError
+from zo_lightning.presets import find
 from zo_lightning.yaml_files import read_text
 
 Overlay = dict[str, Any]
@@ -305,7 +306,9 @@ def _files(spec: Mapping[str, Any], path: Path) -> list[Overlay]:
     for name in names:
         if not isinstance(name, str):
             raise UserError(f"{path}: base must be a file's name or a list of them, got {name!r}")
-    return [_overlay(read_yaml(path.parent / name), f"{path.parent / name}") for name in names]
+    beside = [path.parent / name for name in names]
+    files = [file if file.exists() else find(name) for file, name in zip(beside, names, strict=True)]
+    return [_overlay(read_yaml(file), str(file)) for file in files]
 
 
 def _overlay(value: Any, where: str) -> Overlay:

@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zo_lightning.checkpoint_io import DamagedCheckpoint, load_checked
 from zo_lightning.cli_errors import UserError
 from zo_lightning.study.grid import read_yaml
 from zo_lightning.study.results import Results
@@ -113,9 +114,9 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _last_weights(run: Path) -> Weights | None:
     try:
-        checkpoint: Any = torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+        checkpoint = load_checked(run / "checkpoints" / "last.ckpt")
         return {name: w for name, w in checkpoint["state_dict"].items() if w.is_floating_point()}
-    except Exception:  # absent or damaged, of which torch has half a dozen types
+    except (DamagedCheckpoint, OSError, AttributeError):  # the last one: of something that is no tensor
         return None
 
 

@@ -297,11 +297,11 @@ class PerExample(GradientEstimator):
             return None
         rows = torch.stack(outputs).to(torch.promote_types(outputs[0].dtype, torch.float32)).mean(0)
         alone = LossAlone(objective, state.output, returned)
-        if self.loss_gradient == "auto":
-            if state.is_smooth is None:
-                state.is_smooth = alone.is_smooth(rows, seed)
-            if state.is_smooth and (error := alone.by_autograd(rows)) is not None:
-                return error.div_(len(error))
+        if state.is_smooth is None:  # at first
+            alone.say_if_coupled(rows, seed)
+            state.is_smooth = self.loss_gradient == "auto" and alone.is_smooth(rows, seed)
+        if state.is_smooth and self.loss_gradient == "auto" and (error := alone.by_autograd(rows)) is not None:
+            return error.div_(len(error))
         return alone.by_values(rows, seed).div_(len(rows))
 
     def _trust(self, layer: Seen, state: PerExampleState) -> float:

@@ -111,7 +111,11 @@ class Look:
         state.output = find_output(self.objective, found, losses, self.seed) if found else None
         state.last = None
         if state.output is None:
-            _log.warning("PerExample: no outputs of modules are all that the losses depend on: no feedback is learned")
+            _log.warning(
+                "PerExample: no outputs of modules are all that the losses depend on, each on its own example's: no "
+                "feedback is learned. Where the loss of an example depends on the outputs of others, as a contrastive "
+                "loss does, the estimate is biased: take ZerothOrder"
+            )
             return
         if len(state.output.parts) == 1 and watched.uses:
             (k, layout), (key, use) = state.output.parts[0], list(watched.uses.items())[-1]

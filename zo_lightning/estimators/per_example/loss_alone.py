@@ -1,5 +1,6 @@
 """The loss as a function of the net's output alone, and its gradient."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,8 @@ from zo_lightning.estimators.per_example.containers import tensors_of
 from zo_lightning.estimators.per_example.output import Call, Output, returning
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.layouts import Layout, layouts_of
+
+_log = logging.getLogger(__name__)
 
 EXACT = 16
 """Outputs up to which finite differences are along each of them; as many random directions serve for more."""
@@ -90,6 +93,20 @@ class LossAlone:
             return bool(error.isfinite().all())
         # A kink under one example's step, or rounding, moves this by far less than a missing factor or term.
         return bool(torch.linalg.vector_norm(values - exact) <= 0.1 * torch.linalg.vector_norm(values) + 1e-3)
+
+    def say_if_coupled(self, rows: Tensor, seed: int) -> None:
+        """Log a warning where moving the output of the first example moves the losses of others."""
+        direction = _SIGNS.draw([rows], seed, -2, 0)[0]
+        direction[1:] = 0.0
+        try:
+            own, *others = self.slopes(rows, direction).abs().tolist()
+        except NonFiniteLoss:  # there are no values to compare
+            return
+        if max(others, default=0.0) > 1e-2 * own + 1e-3:  # more than rounding
+            _log.warning(
+                "PerExample: the loss of an example depends on the outputs of others, as a contrastive loss does: its "
+                "slopes say what an example does to its own loss alone, and the estimate is biased; take ZerothOrder"
+            )
 
     def _at(self, rows: Tensor) -> Any:
         return returning(self.objective.module, self.output.modules, self.output.write(self.returned, rows))
