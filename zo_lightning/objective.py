@@ -1,7 +1,6 @@
 """The loss as a function that is safe to ask again: the same weights give the same value, and no trace is left."""
 
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from zo_lightning.parameters import Parameters, as_module, submodules
-from zo_lightning.random_states import NumPyState
+from zo_lightning.random_states import GlobalState, seed_all
 
 T = TypeVar("T")
 
@@ -157,7 +156,7 @@ class Objective:
         if self._guarded:
             yield
             return
-        before = _RandomState(self._generators)
+        before = GlobalState(self._generators)
         self._guarded = True
         try:
             with torch.no_grad(), _full_float32():
@@ -172,7 +171,7 @@ class Objective:
         self._cost = cost
         with nullcontext() if self._guarded else self.guard():
             try:
-                _seed(self._generators, self.seed)
+                seed_all(self._generators, self.seed)
                 torch.clear_autocast_cache()
                 yield
             finally:
@@ -303,27 +302,6 @@ class _Buffers:
                 owner[name] = buffer
                 if not _overlaps(buffer):  # which nothing in PyTorch can write into
                     buffer.copy_(value)
-
-
-class _RandomState:
-    """The state of all global generators, to be put back later."""
-
-    def __init__(self, generators: list[torch.Generator]) -> None:
-        self._torch = [(generator, generator.get_state()) for generator in generators]
-        self._python, self._numpy = random.getstate(), NumPyState.now()
-
-    def restore(self) -> None:
-        for generator, state in self._torch:
-            generator.set_state(state)
-        random.setstate(self._python)
-        self._numpy.restore()
-
-
-def _seed(generators: list[torch.Generator], seed: int) -> None:
-    for generator in generators:
-        generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -77,3 +77,26 @@ def _memory() -> Any:
     if type(generator) is not np.random.MT19937:
         return None
     return (ctypes.c_char * _SIZE).from_address(generator.ctypes.state_address)
+
+
+class GlobalState:
+    """The state of all global generators, to be put back later: NumPy's, Python's, and the given ones of PyTorch."""
+
+    def __init__(self, generators: list[torch.Generator]) -> None:
+        self._torch = [(generator, generator.get_state()) for generator in generators]
+        self._python, self._numpy = random.getstate(), NumPyState.now()
+
+    def restore(self) -> None:
+        """Put it back."""
+        for generator, state in self._torch:
+            generator.set_state(state)
+        random.setstate(self._python)
+        self._numpy.restore()
+
+
+def seed_all(generators: list[torch.Generator], seed: int) -> None:
+    """Seed NumPy's global generator, Python's, and the given ones of PyTorch."""
+    for generator in generators:
+        generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
