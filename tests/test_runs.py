@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,17 @@ def test_nothing_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert cli(f"fit {ONE}") == 0
     assert cli(f"test --ckpt_path last {QUIET}") == 0
+
+
+@pytest.mark.parametrize(("number", "lines"), [(28, 0), (2, 1)])
+def test_a_thread_on_a_full_disk_leaves_the_word_to_the_run(
+    capsys: pytest.CaptureFixture[str], number: int, lines: int
+) -> None:
+    assert cli("fit --model.estimator.samples 0") == 2  # sets the hook
+    hook, error = threading.excepthook, OSError(number, "such as TensorBoard's writer")
+    capsys.readouterr()
+    hook(threading.ExceptHookArgs((OSError, error, None, threading.current_thread())))
+    assert capsys.readouterr().err.count("such as TensorBoard's writer") == lines
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ _COMMANDS = {
 def main(args: list[str] | None = None) -> int:
     """Run a command line; return its exit code: 0, 1 where a run failed, 2 where it was not begun."""
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
+    threading.excepthook = _leave_disk_to_main
     words = sys.argv[1:] if args is None else args
     if "" not in sys.path and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # a console script does not look there, unlike `python -m`
@@ -70,6 +72,12 @@ def _fail(error: Exception, code: int) -> int:
     text = re.sub(r"[^\s']{500,}", lambda word: f"{word[0][:100]}...", str(error))
     print(f"zo-lightning: error: {text}", file=sys.stderr)
     return code
+
+
+def _leave_disk_to_main(failed: threading.ExceptHookArgs) -> None:
+    """Print no traceback of a thread whose disk is full, such as TensorBoard's: its next write raises here."""
+    if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in DISK):
+        threading.__excepthook__(failed)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
