@@ -212,7 +212,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def _class_names(kind: str) -> list[str]:
     classes = [nets.ScalableCNN, nets.SmallCNN] if kind == "net" else _subclasses(BASES[kind]) if kind in BASES else []
-    if kind == "model":
+    if kind in ("model", "data"):
         classes = [cls for cls in classes if cls.__module__.startswith("zo_lightning.")]
     return sorted({cls.__name__ for cls in classes})
 

@@ -24,8 +24,8 @@ class Net(SmallCNN):
     asked = 0
 
     def forward(self, x):
-        self.asked += self.training
-        if self.asked == kill_at:
+        Net.asked += self.training  # an attribute of the object would be put back after each probe
+        if Net.asked == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(x)
 
