@@ -61,7 +61,8 @@ class LitNet(LightningModule):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A project's folder with a module of its own, which Python forgets afterwards."""
+    """A project's folder with a module of its own, of whose name Python knows none before nor afterwards."""
+    sys.modules.pop("theirs", None)
     (tmp_path / "theirs.py").write_text(THEIRS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["zo-lightning"])

@@ -185,10 +185,10 @@ def test_a_received_folder_is_data_and_no_code(finished: Path, tmp_path: Path, m
     text = yaml.safe_load((study / "study.yaml").read_text().replace("ZO-AdaMM", evil))
     (study / "study.yaml").write_text(yaml.safe_dump(text, sort_keys=False))
     (study / "ZO-AdaMM").rename(study / "script_alert_1_script")
-    (tmp_path / "theirs.py").write_text(f"from pathlib import Path\nPath('{tmp_path / 'ran'}').touch()\n")
+    (tmp_path / "received.py").write_text(f"from pathlib import Path\nPath('{tmp_path / 'ran'}').touch()\n")
     for config in study.rglob("config.yaml"):
         text = yaml.safe_load(config.read_text())
-        text["model"]["net"] = text["trainer"]["callbacks"] = {"class_path": "theirs.Thing"}
+        text["model"]["net"] = text["trainer"]["callbacks"] = {"class_path": "received.Thing"}
         config.write_text(yaml.safe_dump(text))
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(study)]) == 0
@@ -196,6 +196,6 @@ def test_a_received_folder_is_data_and_no_code(finished: Path, tmp_path: Path, m
     page = (study / "report" / "report.html").read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and evil not in page
     summary = (study / "report" / "summary.md").read_text()
-    assert re.search(r"Not measured: .* names theirs\.Thing, which a report does not import .*--trust", summary)
+    assert re.search(r"Not measured: .* names received\.Thing, which a report does not import .*--trust", summary)
     assert main(["report", str(study), "--trust"]) == 0
     assert (tmp_path / "ran").exists()
