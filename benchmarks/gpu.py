@@ -14,7 +14,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -50,7 +49,7 @@ from zo_lightning import (
 from zo_lightning.counter import Stream, philox
 from zo_lightning.data import MNIST, Digits
 from zo_lightning.data.batches import TensorBatches
-from zo_lightning.objective import Objective
+from zo_lightning.objective import Objective, tf32
 
 Rows = Iterator[tuple[str, str]]
 """What was measured, and what came out."""
@@ -135,18 +134,6 @@ def slopes(run: Run) -> Rows:
         with tf32(True):
             yield f"{name}: TF32 on", error(slopes_of(there, 1e-3), exact)
             yield f"{name}: of ZerothOrder, TF32 on outside, from the CPU's", error(estimated_slopes(there), estimated)
-
-
-@contextmanager
-def tf32(on: bool) -> Iterator[None]:
-    """Whether products of float32 may be rounded to TF32."""
-    matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = on
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def error(found: Tensor, exact: Tensor) -> str:

@@ -159,7 +159,7 @@ class Objective:
         before = GlobalState(self._generators)
         self._guarded = True
         try:
-            with torch.no_grad(), _full_float32():
+            with torch.no_grad(), tf32(False):
                 yield
         finally:
             self._guarded = False
@@ -324,10 +324,11 @@ def _address(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def tf32(on: bool) -> Iterator[None]:
+    """Whether a GPU may round the factors of float32 products to TF32, which drowns a finite difference of small μ."""
     matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
     before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    matmul.allow_tf32 = cudnn.allow_tf32 = on
     try:
         yield
     finally:

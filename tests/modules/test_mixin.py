@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.wrappers import Running
 
+from tests.modules.ways import trainer
 from zo_lightning import (
     Backprop,
     CentralDifference,
@@ -79,19 +80,6 @@ class Net(LightningModule):
 
 class Estimated(EstimatedGradient, Net):
     estimator = ZerothOrder(samples=2, seed=0)
-
-
-def trainer(path: Path, **options: Any) -> Trainer:
-    defaults = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 2,
-        "num_sanity_val_steps": 0,
-    }
-    return Trainer(default_root_dir=path, **{**defaults, **options})
 
 
 def weights(module: nn.Module) -> Tensor:

@@ -16,7 +16,8 @@ WAYS = "mixin", "callback"
 
 def trainer(path: Path, *callbacks: Any, **options: Any) -> Trainer:
     """Two epochs, and nothing to be seen of them."""
-    defaults = {
+    defaults: dict[str, Any] = {
+        "callbacks": list(callbacks),
         "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
@@ -25,7 +26,7 @@ def trainer(path: Path, *callbacks: Any, **options: Any) -> Trainer:
         "max_epochs": 2,
         "num_sanity_val_steps": 0,
     }
-    return Trainer(default_root_dir=path, callbacks=list(callbacks), **{**defaults, **options})
+    return Trainer(default_root_dir=path, **{**defaults, **options})
 
 
 def made(kind: type[LightningModule], way: str, estimator: GradientEstimator, **settings: Any) -> tuple[Any, list[Any]]:
