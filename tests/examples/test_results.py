@@ -1,0 +1,35 @@
+"""Results of the examples: kept once, read back, and put into a table."""
+
+from math import isnan, nan
+from pathlib import Path
+
+import torch
+
+from examples.results import Cost, Result, read, record, table
+
+
+def result(seed: int, after: float, method: str = "ZO") -> Result:
+    return Result("digits", method, seed, "accuracy", 0.1, after, 12.5, nan, 3.25)
+
+
+def test_a_result_replaces_the_one_of_the_same_training(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "results.csv"
+    for one in (result(1, 0.8), result(2, 0.7), result(1, 0.9)):
+        record(file, one)
+    kept = read(file)
+    assert [(one.seed, one.after, one.gflops) for one in kept] == [(2, 0.7, 12.5), (1, 0.9, 12.5)]
+    assert isnan(kept[0].peak_mb)
+
+
+def test_the_table_has_a_row_for_each_method() -> None:
+    lines = table([result(1, 0.8), result(2, 0.9), result(1, 0.95, "FO")]).splitlines()
+    assert lines[2] == "| digits | ZO | accuracy | 0.100 | 0.850 ± 0.071 | 2 | 12 | – | 3.2 |"
+    assert lines[3] == "| digits | FO | accuracy | 0.100 | 0.950 | 1 | 12 | – | 3.2 |"
+
+
+def test_a_peak_is_that_of_the_block() -> None:
+    with Cost() as cost:
+        held = torch.ones(8_000_000)  # 32 MB
+        del held
+    assert cost.seconds > 0
+    assert isnan(cost.peak_mb) or 30 < cost.peak_mb < 60  # what others of this process take meanwhile is far less
