@@ -1,6 +1,8 @@
 """What the examples share: a training's cost, results kept in a file, and the table that is made of them.
 
-    python examples/results.py docs/examples/*.csv      # one table of all
+    python -m examples.results docs/examples/*.csv
+
+One table of all.
 """
 
 import argparse
