@@ -21,9 +21,9 @@ from pytorch_lightning.loggers import CSVLogger
 import zo_lightning as zo
 from zo_lightning import callbacks, data
 from zo_lightning.cli import CLI
-from zo_lightning.cli_errors import CommandParser
 from zo_lightning.commands import main
 from zo_lightning.snapshots import write_snapshot
+from zo_lightning.user_errors import CommandParser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": ROOT / "README.md", **{page.name: page for page in sorted((ROOT / "docs").glob("*.md"))}}

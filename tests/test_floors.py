@@ -9,6 +9,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "zo_lightning"
 # A module or subpackage imports from lower floors and from itself; nothing else of its own floor.
 FLOORS = {
     "counter": -1,
+    "noise": -1,
+    "user_errors": -1,
     "directions": 0,
     "stencils": 0,
     "costs": 0,
@@ -36,9 +38,11 @@ FLOORS = {
     "modules": 4,
     "cli_errors": 4,
     "cli_parser": 6,
-    "locks": 5,
-    "yaml_files": 5,
-    "presets": 5,
+    "locks": 0,
+    "yaml_files": 0,
+    "words": 1,
+    "help_page": 2,
+    "presets": 2,
     "checkpoints": 5,
     "replay": 5,
     "runs": 6,

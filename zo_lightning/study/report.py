@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
-from zo_lightning.cli_errors import UserError
 from zo_lightning.study.answers import final_table
 from zo_lightning.study.figures import NothingToDraw
 from zo_lightning.study.minima import LINE, SHARPNESS, measure_minima
@@ -19,6 +18,7 @@ from zo_lightning.study.results import COLUMNS, read_results, write_results
 from zo_lightning.study.runs import Fit
 from zo_lightning.study.sections import Drawing, minima_section, sections_of
 from zo_lightning.study.weights import Progress, similarity
+from zo_lightning.user_errors import UserError
 
 PAGE = "report.html"
 
