@@ -29,6 +29,7 @@ FLOORS = {
     "curves": 0,
     "filters": 0,
     "trajectories": 0,
+    "palette": 0,
     "perturbed": 1,
     "evaluation": 2,
     "estimators": 3,

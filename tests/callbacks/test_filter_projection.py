@@ -92,6 +92,16 @@ def test_the_same_points_are_placed_where_the_runs_agree() -> None:
         assert np.abs(lines[0] - lines[1]).max() < 0.1 * np.ptp(lines[0])
 
 
+def test_axes_are_named_in_letters_that_can_be_read_where_they_are_shown() -> None:
+    """TensorBoard makes a picture 350 pixels wide; 8 of them is the least height of a line of text to read."""
+    filters = np.random.default_rng(0).normal(size=(8, 4, 9))
+    figure = trajectories_figure("conv", [Trajectory("this run", list(range(8)), filters)])
+    for axes in figure.axes:
+        assert "axis" in axes.get_xlabel() and "axis" in axes.get_ylabel()
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            assert label.get_fontsize() / 72 * 350 / figure.get_figwidth() >= 8
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 1), (2, 4, 1), (5, 4, 1), (3, 4, 4)])
 def test_few_points_and_filters_of_one_weight(shape: tuple[int, int, int]) -> None:
     for filters in (np.zeros(shape), np.arange(np.prod(shape), dtype=float).reshape(shape)):
