@@ -27,7 +27,7 @@ def made(results: Results, accuracy: Any, loss: Any = lambda d: 1.0, seconds: fl
                             **dict.fromkeys(results.table.columns, 0.0),
                             **{"method": method, "net": net, "d": d, "seed": seed, "epoch": epoch},
                             "val_accuracy": (accuracy(d) if other else 0.9) * epoch / 3 + (noise if other else 0),
-                            "val_loss": (loss(d) if other else 1.0) * (1 + noise),
+                            "val_loss": loss(d) * (1 + noise) if other else 1.0,
                             "train_loss": 1.0,
                             "flops": epoch * (1e9 if other else 2e9),
                             "epoch_seconds": seconds * (1 + noise) if other else 1.0,
