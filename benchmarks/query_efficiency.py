@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -247,7 +247,7 @@ def draw(known: Table, output: Path) -> None:
     figure.savefig(output, dpi=130)
 
 
-Styles = dict[str, tuple[str, str]]
+Styles = Mapping[str, tuple[str, str]]
 
 
 def _against_operations(axes: Any, by_method: dict[str, dict[int, list[Outcome]]], styles: Styles) -> None:

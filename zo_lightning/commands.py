@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +75,7 @@ def _report(words: list[str]) -> int:
     return report(words, _fit)
 
 
-def _fit(words: list[str]) -> "Trainer":
+def _fit(words: Sequence[str]) -> "Trainer":
     from zo_lightning.cli import fit
 
     return fit(words)

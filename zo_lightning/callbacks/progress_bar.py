@@ -49,9 +49,9 @@ class ProgressBar(TQDMProgressBar):
         else:
             super().print(*args, sep=sep, **kwargs)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, *_: Any) -> None:
         """Begin to count the time."""
-        super().on_train_start(trainer, pl_module)
+        super().on_train_start(*_)
         self._began, self._printed = time.perf_counter(), float("-inf")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -66,9 +66,9 @@ class ProgressBar(TQDMProgressBar):
         if time.perf_counter() - self._printed >= self.every_seconds:
             self._print_line()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Print the last epoch's line."""
-        super().on_train_end(trainer, pl_module)
+        super().on_train_end(*_)
         self._print_line()
 
     def _print_line(self) -> None:

@@ -41,7 +41,8 @@ def legend(figure: Figure) -> list[Sample]:
             assert isinstance(line, Line2D), f"the legend's '{text.get_text()}' is no line"
             style = MarkerStyle(line.get_marker() or "")
             path = style.get_path().transformed(style.get_transform())
-            marks = tuple(" ".join(f"{x:.2f},{-y:.2f}" for x, y in outline) for outline in path.to_polygons())
+            outlines: list[Any] = path.to_polygons()
+            marks = tuple(" ".join(f"{x:.2f},{-y:.2f}" for x, y in outline) for outline in outlines)
             dashes = {"-": "", "--": "5 3", ":": "1.5 2.5", "-.": "5 2 1 2"}.get(str(line.get_linestyle()))
             filled = to_hex(line.get_markerfacecolor())  # type: ignore[arg-type]
             samples.append(Sample(text.get_text(), to_hex(line.get_color()), dashes, filled, marks))
