@@ -58,8 +58,10 @@ def _run(words: list[str]) -> int:
     if words[0] in OF_LIGHTNING:
         check_options(words := with_paths(words))
     from zo_lightning.cli import CLI
+    from zo_lightning.distributed import closing_group
 
-    CLI(["--help" if word == help_page.ALL else word for word in words])
+    with closing_group():
+        CLI(["--help" if word == help_page.ALL else word for word in words])
     return 0
 
 
