@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from zo_lightning.cli import CLI
+from zo_lightning.presets import find, names
 from zo_lightning.user_errors import UserError
 from zo_lightning.words import COMMANDS, OF_LIGHTNING, check_options
 
@@ -121,3 +122,30 @@ def test_what_is_right_passes(words: str) -> None:
 def test_what_is_wrong_is_named(words: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         check_options(words.split())
+
+
+def test_a_section_of_a_configuration_is_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("modle: {net: SmallCNN}\ntrainer: {max_epochs: 3}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: unknown key 'modle' \(did you mean model\?\)$"):
+        check_options(["fit", "-c", str(tmp_path / "mine.yaml")])
+
+
+@pytest.mark.parametrize("command", OF_LIGHTNING)
+def test_all_configurations_that_come_with_the_package_pass(command: str) -> None:
+    for name in names():
+        if not name.startswith("study/"):
+            check_options([command, "-c", str(find(name))])
+
+
+def test_a_pipe_is_left_to_the_parser(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    check_options(["fit", "-c", str(pipe)])  # would wait for ever if it were read
+
+
+def test_a_configuration_comes_from_a_pipe(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = f"{sys.executable} -m zo_lightning fit -c <(echo 'trainer: {{max_epochs: 7}}') --print_config"
+    done = subprocess.run(
+        ["bash", "-c", line], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "max_epochs: 7" in done.stdout, done.stderr

@@ -56,9 +56,10 @@ def check_command(words: Sequence[str]) -> None:
 
 
 def check_options(words: Sequence[str]) -> None:
-    """Raise UserError for an option that ``fit`` and its like do not have, by the first two parts of its name.
+    """Raise UserError for an option that ``fit`` and its like do not have, or a configuration with another section.
 
-    What follows depends on the classes that are named, which only the parser knows.
+    Of an option's name the first two parts are looked at: what follows depends on the classes that are named, which
+    only the parser knows.
     """
     foreign = names_model(words)
     try:
@@ -77,6 +78,10 @@ def check_options(words: Sequence[str]) -> None:
         value = " ".join(words[place + 1 : place + 2])
         shown = word if "=" in word or value.startswith("--") else f"{word} {value}".rstrip()
         raise UserError(f"unknown argument {shown}{nearest_option(name, [f'--{one}' for one in sorted(known)])}")
+    for path in filter(lambda path: Path(path).is_file(), _files(words)):
+        config = yaml.safe_load(read_text(Path(path)))
+        if unknown := [key for key in config if key not in tops] if isinstance(config, dict) else []:
+            raise UserError(f"{path}: unknown key '{unknown[0]}'{nearest(str(unknown[0]), sorted(tops))}")
 
 
 def options(command: str, foreign: bool = False) -> set[str]:
@@ -134,6 +139,8 @@ def _names_model(path: str) -> bool:
 
 
 def _model_of(path: str) -> Any:
+    if not Path(path).is_file():  # a pipe can be read once only, and that is the parser's
+        return None
     try:
         return yaml.safe_load(read_text(Path(path))).get("model")
     except (UserError, AttributeError):  # the parser says what is wrong
