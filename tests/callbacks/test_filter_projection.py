@@ -53,7 +53,7 @@ def test_both_runs_in_one_embedding(reference: Path, tmp_path: Path) -> None:
     seen = events(folder)
     for layer in ("net.0.weight", "net.3.weight"):
         (event,) = seen.Images(f"filter_projection/{layer}")
-        assert (event.step, event.width) == (12, 1120)  # two panels
+        assert (event.step, event.width) == (12, 920)  # two panels
     points, labels = embeddings(folder)["net.0.weight:00012"]
     assert points.shape == (2 * 4 * 3, 27)  # runs, filters, snapshots; weights of a filter
     assert labels[0] == ["run", "layer", "filter", "epoch"]
