@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from zo_lightning.__main__ import main
+from zo_lightning.cli_errors import _class_names
 from zo_lightning.words import COMMANDS, OF_LIGHTNING
 
 
@@ -88,3 +89,16 @@ def test_a_page_is_asked_for_by_its_own_words_only() -> None:
     with pytest.raises(SystemExit) as ended:  # argparse's, of a command that is not Lightning's
         main(["study", "--help"])
     assert ended.value.code == 0
+
+
+def test_classes_that_the_page_names_are_all_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    page = shown(capsys, "fit", "--help")
+    for option, ours in {
+        "model.estimator": _class_names("estimator"),
+        "model.estimator.directions": _class_names("directions"),
+        "model.net": _class_names("net"),
+        "data": _class_names("data"),
+        "model.optimizer": ["AdaMM", "NormalizedSGD", "SignSGD"],
+    }.items():
+        [text] = re.findall(rf"^  --{option} CLASS +(.*?)(?:,? or any .*)?(?: \[\w+\])?$", page, re.MULTILINE)
+        assert sorted(re.split(r", | or ", text)) == ours, option
