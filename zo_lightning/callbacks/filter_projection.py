@@ -154,7 +154,7 @@ def trajectories_figure(title: str, paths: Sequence[Trajectory]) -> Any:
     if sum(path.filters[..., 0].size for path in paths) > 10:
         panels["t-SNE"] = project(paths, tsne)
     # TensorBoard shows a picture some 350 pixels wide: small inches make letters that can still be read there.
-    figure = Figure(figsize=(2.3 * len(panels), 2.9), dpi=200, layout="constrained")
+    figure = Figure(figsize=(max(3.0, 2.3 * len(panels)), 2.9), dpi=200, layout="constrained")
     start: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 5.5, "markerfacecolor": "white"}
     end: dict[str, Any] = {"linestyle": "", "marker": "X", "markersize": 5.5, "markeredgecolor": "black"}
     styles = dict(zip((path.run for path in paths), ("-", "--", ":"), strict=False))
