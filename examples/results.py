@@ -7,12 +7,17 @@ One table of all.
 
 import argparse
 import csv
+import multiprocessing
 import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from typing_extensions import Self
+
+_Job = TypeVar("_Job")
 
 
 class Result(NamedTuple):
@@ -67,6 +72,14 @@ def record(file: Path, result: Result) -> None:
         writer.writerow(Result._fields)
         for one in [*kept, result]:
             writer.writerow([f"{value:.5g}" if isinstance(value, float) else value for value in one])
+
+
+def train_all(train: Callable[[_Job], Result], jobs: Sequence[_Job], file: Path, apart: bool = True) -> None:
+    """Do one training after the other, each in a process of its own if they are kept ``apart``, and record results."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) if apart else nullcontext() as pool:
+        for result in pool.imap(train, jobs) if pool else map(train, jobs):
+            record(file, result)
+            print(result, flush=True)
 
 
 def read(file: Path) -> list[Result]:
