@@ -74,12 +74,15 @@ def record(file: Path, result: Result) -> None:
             writer.writerow([f"{value:.5g}" if isinstance(value, float) else value for value in one])
 
 
-def train_all(train: Callable[[_Job], Result], jobs: Sequence[_Job], file: Path, apart: bool = True) -> None:
-    """Do one training after the other, each in a process of its own if they are kept ``apart``, and record results."""
+def train_all(train: Callable[[_Job], Result], jobs: Sequence[_Job], file: Path, apart: bool = True) -> list[Result]:
+    """Do one training after the other, each in a process of its own if ``apart``; the results are in the file, too."""
+    results = []
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) if apart else nullcontext() as pool:
         for result in pool.imap(train, jobs) if pool else map(train, jobs):
             record(file, result)
-            print(result, flush=True)
+            print(table([result]).splitlines()[-1], flush=True)
+            results.append(result)
+    return results
 
 
 def read(file: Path) -> list[Result]:
