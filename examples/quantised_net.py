@@ -69,10 +69,10 @@ ZO_SGD = partial(zo.NormalizedSGD, betas=(0.9, 0.99), weight_decay=0.1)
 BLACK_BOX = zo.ZerothOrder(stencil=zo.ForwardDifference(4 * STEP), samples=16, evaluation=zo.Batched())
 METHODS = {
     "backpropagation": Method(zo.Backprop(), ADAM, 1e-2, "nothing", 128, 100),
-    "backpropagation, straight through weights": Method(zo.Backprop(), ADAM, 1e-2, "weights", 128, 2800),
-    "backpropagation, straight through all": Method(zo.Backprop(), ADAM, 1e-2, "all", 128, 2800),
-    "PerExample": Method(zo.PerExample(zo.CentralDifference(1.0)), ADAM, 5e-3, "weights", 128, 1400),
-    "ZerothOrder": Method(BLACK_BOX, ZO_SGD, 1e-2, "nothing", 32, 2700),
+    "backpropagation, straight through weights": Method(zo.Backprop(), ADAM, 1e-2, "weights", 128, 1400),
+    "backpropagation, straight through all": Method(zo.Backprop(), ADAM, 2e-2, "all", 128, 1400),
+    "PerExample": Method(zo.PerExample(zo.CentralDifference(1.0)), ADAM, 2e-2, "weights", 128, 900),
+    "ZerothOrder": Method(BLACK_BOX, ZO_SGD, 1e-2, "nothing", 32, 1200),
 }
 
 

@@ -25,12 +25,12 @@ QUANTISED = {
         *({"mu": STEP * 4, "lr": lr} for lr in (5e-3, 2e-2, 4e-2)),
     ],
 }
-RATES_ON_CHIP = [{"lr": lr} for lr in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)]
+RATES_ON_CHIP = [{"lr": lr} for lr in (3e-5, 1e-4, 3e-4, 1e-3)]
 NOISY = {
     "ideal gradient, clipping unknown": RATES_ON_CHIP,
     "ideal gradient": RATES_ON_CHIP,
     "ideal gradient, logits alone are read": RATES_ON_CHIP,
-    "ZerothOrder": [{"lr": lr, "mu": mu} for lr in (1e-2, 2e-2) for mu in (0.03, 0.1, 0.3)],
+    "ZerothOrder": [{"lr": lr, "mu": mu} for lr in (1e-2, 2e-2) for mu in (0.1, 0.3)],
 }
 
 
