@@ -25,6 +25,7 @@ QUANTISED = {
         *({"mu": STEP * 4, "lr": lr} for lr in (5e-3, 2e-2, 4e-2)),
     ],
 }
+STEPS = {"PerExample": 155, "ZerothOrder": 300}
 RATES_ON_CHIP = [{"lr": lr} for lr in (3e-5, 1e-4, 3e-4, 1e-3)]
 NOISY = {
     "ideal gradient, clipping unknown": RATES_ON_CHIP,
@@ -44,7 +45,7 @@ def main() -> None:
     file = args.out / "search" / f"{args.example}.csv"
     if args.example == "quantised_net":
         jobs = [
-            quantised_net.Job(name, 0, args.root, 1 / 9, settings)
+            quantised_net.Job(name, 0, args.root, STEPS.get(name, 311), settings)
             for name, tried in QUANTISED.items()
             for settings in tried
         ]

@@ -23,7 +23,7 @@ def test_the_smoke_form_learns_by_forward_passes_what_backpropagation_cannot(
     assert results["backpropagation"].after == results["backpropagation"].before
     # Chance is 0.1, with a standard deviation of 0.016 on 364 images.
     assert results["ZerothOrder"].after > 0.25
-    assert results["PerExample"].after > 0.4
+    assert results["PerExample"].after > 0.25
     assert all(result.gflops > 0 for result in results.values())
     assert (tmp_path / "quantised_net.png").stat().st_size > 0
 
