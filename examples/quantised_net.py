@@ -122,7 +122,7 @@ def draw(results: list[Result], tried: list[Result], file: Path) -> None:
     left.set(xscale="log", xlabel="10⁹ floating-point operations", ylabel="accuracy", title="test, three seeds")
     left.legend(loc="center left")
     for name, colour in COLOURS.items():
-        rows = [row for row in tried if row.method.startswith(f"{name}, mu=")]
+        rows = [row for row in tried if row.method.startswith(f"{name}, mu=") and "lr" not in row.method]
         mus = [float(row.method.split("=")[1]) for row in rows]
         right.plot(mus, [row.after for row in rows], "o-" if name == "PerExample" else "^-", label=name, color=colour)
     right.axvline(STEP, color="grey", ls=":", label="rounding step of weights")
