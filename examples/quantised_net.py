@@ -114,7 +114,7 @@ def train(job: Job) -> Result:
 
 def draw(results: list[Result], tried: list[Result], file: Path) -> None:
     """Accuracy against cost, and in the search against ``mu``."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.5), layout="constrained", sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.4), layout="constrained", sharey=True)
     for marker, name in zip("xsDo^", METHODS, strict=True):
         rows = [row for row in results if row.method == name]
         style = {"color": COLOURS.get(name, "black"), "label": name.replace(", ", ",\n"), "alpha": 0.8}

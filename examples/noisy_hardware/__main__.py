@@ -1,7 +1,7 @@
 """Adapt weights to three chips in each of the ways, and write table and figure.
 
 python -m examples.noisy_hardware
-python -m examples.noisy_hardware --smoke    # one chip, a fifth of the reads
+python -m examples.noisy_hardware --smoke    # one chip, a quarter of the reads
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     jobs = [Job(name, seed) for name in METHODS for seed in args.seeds]
     if args.smoke:
-        jobs = [Job(name, 42, READS // 5) for name in METHODS]
+        jobs = [Job(name, 42, READS // 4) for name in METHODS]
     file = args.out / "noisy_hardware.csv"
     print(table(train_all(train, jobs, file, apart=not args.smoke)))
     draw(read(file), args.out / "noisy_hardware.png")

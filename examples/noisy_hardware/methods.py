@@ -17,7 +17,7 @@ from examples.noisy_hardware.device import LIMIT, SHAPES, Device
 from examples.results import Cost, Result
 from zo_lightning.costs import count_flops
 
-READS = 8500  # that a method has, of 32 images
+READS = 5100  # that a method has, of 32 images
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
@@ -106,7 +106,7 @@ def digits(held_out: bool) -> tuple[Batches, Tensor, Tensor]:
 
 METHODS: dict[str, Callable[..., None]] = {
     "left alone": left_alone,
-    "ideal gradient, clipping unknown": partial(ideal_gradient, limit=inf, lr=1e-4),
+    "ideal gradient, clipping unknown": partial(ideal_gradient, limit=inf, lr=1e-5),
     "ideal gradient": partial(ideal_gradient, lr=1e-3),
     "ideal gradient, logits alone are read": partial(ideal_gradient, hidden_is_read=False, lr=1e-3),
     "ZerothOrder": partial(zeroth_order, lr=1e-2, mu=0.1),
