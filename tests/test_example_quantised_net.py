@@ -66,3 +66,16 @@ def test_a_mu_far_below_the_rounding_step_finds_no_slope() -> None:
         estimator = zo.ZerothOrder(stencil=zo.ForwardDifference(mu), samples=4, seed=0)
         estimator.backward(lambda: F.cross_entropy(net(images), labels), net, 0)
         assert all(p.grad is not None and bool(p.grad.any()) is finds for p in net.parameters())
+
+
+@pytest.mark.parametrize(("straight_through", "trained"), [("nothing", 0), ("weights", 4)])
+def test_per_example_needs_the_rule_for_rounded_weights_alone(straight_through: str, trained: int) -> None:
+    """A layer's own adjoint leads through the rounding of its weights; none leads through the signs."""
+    torch.manual_seed(0)
+    net, images, labels = QuantisedNet(straight_through), torch.rand(8, 1, 28, 28), torch.arange(8)
+    estimator = zo.PerExample(zo.CentralDifference(1.0), seed=0)
+    state = estimator.init(net)
+    for step in range(2):  # the first one finds the output, and the second one uses its maps
+        net.zero_grad()
+        estimator.backward(lambda: F.cross_entropy(net(images), labels, reduction="none"), net, step, state)
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in net.parameters()) == trained
