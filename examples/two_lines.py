@@ -1,117 +1,130 @@
-"""Two lines in an existing project: a ResNet of torchvision, in Lightning, in Fabric and in plain PyTorch.
+"""Two lines in an existing project: torchvision's ResNet-18 in Lightning, in Fabric and in plain PyTorch.
 
     python -m examples.two_lines
 
-Each function below is what somebody may have written already; the lines marked ``+`` are ours.
+All of it is what somebody may have written already, but for the lines marked with a plus: those are ours.
 """
 
-import argparse
 from collections.abc import Iterator
-from multiprocessing import get_context
+from math import nan
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-import torchvision
 from lightning_fabric import Fabric
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
 
 import zo_lightning as zo  # +
-from examples.bars import draw_bars
-from examples.results import Cost, Result, read, record, table
+from examples.results import Cost, Result
+from examples.runs import main
 from zo_lightning.callbacks import Budget
-from zo_lightning.costs import count_flops
-
-OUT = Path("docs/examples/two_lines.csv")
-
-
-def digits(smoke: bool) -> tuple[TensorDataset, TensorDataset]:
-    """Scikit-learn's 8 x 8 images, four times as wide and high, for training and for the test."""
-    data = load_digits()
-    images = F.interpolate(torch.tensor(data.images).float()[:, None] / 8 - 1, scale_factor=4).expand(-1, 3, -1, -1)
-    everything, cut = TensorDataset(images, torch.tensor(data.target)), 160 if smoke else 1200
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    parts = order[:cut], order[cut : 2 * cut]
-    return tuple(TensorDataset(*everything[part]) for part in parts)  # type: ignore[return-value]
 
 
 class LitResNet(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = torchvision.models.resnet18(num_classes=10)
+        self.net = resnet18(num_classes=10)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
         losses = F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
-        return {"loss": losses.mean(), "losses": losses}  # + for PerExample; ZerothOrder takes `return losses.mean()`
+        return {"loss": losses.mean(), "losses": losses}  # "losses" is for PerExample; the others take the loss alone
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
-class ByMixin(zo.EstimatedGradient, LitResNet):  # +
+class MixedIn(zo.EstimatedGradient, LitResNet):  # +
     estimator = zo.PerExample()  # +
 
 
-def lightning(module: pl.LightningModule, batches: DataLoader, epochs: int, *callbacks: pl.Callback) -> tuple:
+def lightning(model: LitResNet, batches: DataLoader, epochs: int, *callbacks: pl.Callback) -> tuple[nn.Module, float]:
     budget = Budget()
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[budget, *callbacks],
-    )  # fmt: skip
-    trainer.fit(module, batches)
-    return module.net, budget.flops
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[budget, *callbacks],  # + for the callback
+        logger=False,
+        log_every_n_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(model, batches)
+    return model.net, budget.flops
 
 
-def fabric(batches: DataLoader, epochs: int, estimator: zo.GradientEstimator) -> tuple:
-    fabric, net = Fabric(accelerator="cpu", devices=1), torchvision.models.resnet18(num_classes=10)
+def fabric(batches: DataLoader, epochs: int) -> tuple[nn.Module, float]:
+    fabric, net = Fabric(accelerator="cpu", devices=1), resnet18(num_classes=10)
     model, optimizer = fabric.setup(net, torch.optim.Adam(net.parameters(), lr=1e-3))
+    estimator = zo.PerExample()  # +
     state = estimator.init(model)  # +
-    for step, (x, y) in enumerate(again(fabric.setup_dataloaders(batches), epochs)):
+    for step, (x, y) in enumerate(several(epochs, batches)):
         optimizer.zero_grad()
         # fabric.backward(F.cross_entropy(model(x), y))
         estimator.backward(lambda: F.cross_entropy(model(x), y, reduction="none"), model, step, state)  # +
         optimizer.step()
-    return net, float("nan")
+    return net, nan
 
 
-def plain(batches: DataLoader, epochs: int, estimator: zo.GradientEstimator) -> tuple:
-    net = torchvision.models.resnet18(num_classes=10)
+def plain(batches: DataLoader, epochs: int) -> tuple[nn.Module, float]:
+    net = resnet18(num_classes=10)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    estimator = zo.PerExample()  # +
     state = estimator.init(net)  # +
-    for step, (x, y) in enumerate(again(batches, epochs)):
+    for step, (x, y) in enumerate(several(epochs, batches)):
         optimizer.zero_grad()
         # F.cross_entropy(net(x), y).backward()
         estimator.backward(lambda: F.cross_entropy(net(x), y, reduction="none"), net, step, state)  # +
         optimizer.step()
-    return net, float("nan")
+    return net, nan
 
 
-def again(batches: DataLoader, epochs: int) -> Iterator[list[Tensor]]:
+def several(epochs: int, batches: DataLoader) -> Iterator[list[Tensor]]:
     for _ in range(epochs):
         yield from batches
 
 
 WAYS = {
-    "theirs, Lightning": lambda batches, epochs: lightning(LitResNet(), batches, epochs),
-    "callback, Backprop": lambda batches, epochs: lightning(
-        LitResNet(), batches, epochs, zo.GradientFree(zo.Backprop())
-    ),
-    "callback, PerExample": lambda batches, epochs: lightning(
-        LitResNet(), batches, epochs, zo.GradientFree(zo.PerExample())
-    ),
-    "mixin, PerExample": lambda batches, epochs: lightning(ByMixin(), batches, epochs),
-    "Fabric, PerExample": lambda batches, epochs: fabric(batches, epochs, zo.PerExample()),
-    "plain PyTorch, PerExample": lambda batches, epochs: plain(batches, epochs, zo.PerExample()),
-    "callback, ZerothOrder": lambda batches, epochs: lightning(
-        LitResNet(), batches, epochs, zo.GradientFree(zo.ZerothOrder(samples=2))
-    ),
+    "Lightning without us": lambda *data: lightning(LitResNet(), *data),
+    "callback, Backprop": lambda *data: lightning(LitResNet(), *data, zo.GradientFree(zo.Backprop())),  # +
+    "callback, PerExample": lambda *data: lightning(LitResNet(), *data, zo.GradientFree(zo.PerExample())),  # +
+    "mixin, PerExample": lambda *data: lightning(MixedIn(), *data),
+    "Fabric, PerExample": fabric,
+    "PyTorch, PerExample": plain,
+    "callback, ZerothOrder": lambda *data: lightning(LitResNet(), *data, zo.GradientFree(zo.ZerothOrder())),  # +
 }
+
+
+def digits(smoke: bool) -> tuple[TensorDataset, TensorDataset]:
+    """Scikit-learn's images of 8 x 8 pixels, four times as wide and high, to train with and to test with."""
+    images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
+    images = F.interpolate(images.float().view(-1, 1, 8, 8) / 8 - 1, scale_factor=4).expand(-1, 3, -1, -1)
+    order, cut = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)), 120 if smoke else 1200
+    training, test = order[:cut], order[cut : 2 * cut]
+    return TensorDataset(images[training], labels[training]), TensorDataset(images[test], labels[test])
 
 
 @torch.no_grad()
 def accuracy(net: nn.Module, data: TensorDataset) -> float:
     images, labels = data.tensors
     return float((net.eval()(images).argmax(1) == labels).float().mean())
+
+
+def train(way: str, seed: int, root: Path, smoke: bool) -> list[Result]:
+    torch.set_num_threads(1)
+    training, test = digits(smoke)
+    batches = DataLoader(training, 40, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    pl.seed_everything(seed)
+    before = accuracy(resnet18(num_classes=10), test)
+    pl.seed_everything(seed)
+    with Cost() as cost:
+        net, flops = WAYS[way](batches, 1 if smoke else 3)
+    after = accuracy(net, test)
+    return [Result("digits, ResNet-18", way, seed, "accuracy", before, after, flops / 1e9, cost.peak_mb, cost.seconds)]
+
+
+if __name__ == "__main__":
+    main("two_lines", __doc__, train, tuple(WAYS), "PerExample")
