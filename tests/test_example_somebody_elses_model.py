@@ -10,8 +10,9 @@ pytest.importorskip("onnxruntime")
 
 from torch import nn
 
-from examples import somebody_elses_model as example
-from examples.listings import TOOLS, listings
+from examples.somebody_elses_model.experiment import accuracy
+from examples.somebody_elses_model.listings import TOOLS, listings
+from examples.somebody_elses_model.ours import TextBegins, characters, train_adapter
 
 
 def documents(count: int) -> dict[str, list[bytes]]:
@@ -24,9 +25,9 @@ def test_an_adapter_in_front_makes_listings_readable() -> None:
     """Files of the test are others than those of training."""
     files, types = documents(32), {"json": "json"}
     training, test = listings(files, types, 0, 0), listings(files, types, 1, 1)
-    before = example.accuracy(test, example.TextBegins(), nn.Identity())
-    adapter = example.train_adapter(training, seed=0, steps=10, size=5)
-    assert example.accuracy(test, adapter, nn.Identity()) > before + 0.2
+    before = accuracy(test, TextBegins(), nn.Identity())
+    adapter = train_adapter(training, seed=0, steps=10, size=5)
+    assert accuracy(test, adapter, nn.Identity()) > before + 0.2
 
 
 def test_a_listing_keeps_the_files_lines() -> None:
@@ -39,5 +40,5 @@ def test_a_listing_keeps_the_files_lines() -> None:
 
 
 def test_an_adapter_begins_with_whole_lines() -> None:
-    cuts = example.TextBegins()(example.characters(listings(documents(10), {"json": "json"}, 0, 0)))
+    cuts = TextBegins()(characters(listings(documents(10), {"json": "json"}, 0, 0)))
     assert not cuts.any()
