@@ -59,6 +59,6 @@ def draw(results: list[Result], file: Path, forward_only: str) -> None:
             panel.text(0.01, place, f"{after:.3f}", transform=panel.get_yaxis_transform(), va="center")
         panel.set_yticks(range(len(methods)), methods)
         panel.invert_yaxis()
-        panel.set_title(f"{problem}: {next(iter(methods.values()))[0].metric}", fontsize=11)
+        panel.set_title(f"{problem}: {next(iter(methods.values()))[0].metric}, dashed where it began", fontsize=11)
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(file)
