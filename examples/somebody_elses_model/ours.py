@@ -13,7 +13,7 @@ from examples.somebody_elses_model.listings import Listing
 from examples.somebody_elses_model.theirs import LABELS, probabilities, types_of
 from zo_lightning.costs import count_flops
 
-COLUMNS, REACH = 96, 4  # where text may begin; characters that are looked at
+COLUMNS, REACH = 96, 2  # where text may begin; characters before it that are looked at
 
 
 def kind(byte: int) -> str:
@@ -28,14 +28,14 @@ KIND = np.array([KINDS.index(kind(byte)) for byte in range(256)])
 
 
 def characters(listings: list[Listing]) -> Tensor:
-    """The kinds of the first characters of all lines, [lines, REACH - 1 + COLUMNS]; 0 for none."""
+    """The kinds of the first characters of all lines, [lines, REACH + COLUMNS]; 0 for none."""
     lines = [line for _, first, last in listings for line in first + last]
-    rows = [(b"\0" * (REACH - 1) + line[:COLUMNS]).ljust(REACH - 1 + COLUMNS, b"\0") for line in lines]
+    rows = [b"\0" * REACH + line[:COLUMNS].ljust(COLUMNS, b"\0") for line in lines]
     return torch.from_numpy(KIND[np.frombuffer(b"".join(rows), np.uint8).reshape(len(lines), -1)])
 
 
 class TextBegins(nn.Module):
-    """Where the text of a line begins: the column of the highest score, by the character there and three before it."""
+    """Where the text of a line begins: the column of the highest score, by the two characters before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,9 +44,9 @@ class TextBegins(nn.Module):
         nn.init.zeros_(self.score.weight)  # with equal scores, every line begins at its first column
 
     def forward(self, kinds: Tensor) -> Tensor:
-        scores = self.score(F.one_hot(kinds, len(KINDS)).float().transpose(1, 2))[:, 0]
+        scores = self.score(F.one_hot(kinds[:, :-1], len(KINDS)).float().transpose(1, 2))[:, 0]
         scores = scores + self.late * torch.linspace(0, 1, COLUMNS) + self.whole * (torch.arange(COLUMNS) == 0)
-        return scores.masked_fill(kinds[:, REACH - 1 :] == 0, -torch.inf).argmax(1)
+        return scores.masked_fill(kinds[:, REACH:] == 0, -torch.inf).argmax(1)
 
 
 def train_adapter(
