@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from zo_lightning.objective import NonFiniteLoss, Objective
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
     from zo_lightning.stencils import CentralDifference, ForwardDifference, Stencil
+    from zo_lightning.tuning import Suggestion, tune
 
     __version__: str
 
@@ -63,6 +64,7 @@ _HOMES = {
     "objective": ("NonFiniteLoss", "Objective"),
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
     "stencils": ("CentralDifference", "ForwardDifference", "Stencil"),
+    "tuning": ("Suggestion", "tune"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -103,10 +105,12 @@ __all__ = [
     "SmallCNN",
     "Sphere",
     "Stencil",
+    "Suggestion",
     "TrainingDiverged",
     "WeightsDiverged",
     "ZerothOrder",
     "minimize",
+    "tune",
 ]
 
 
