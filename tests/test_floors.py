@@ -46,9 +46,9 @@ FLOORS = {
     "callbacks": 6,
     "study": 6,
     "tuning": 7,
-    "cli": 7,
-    "commands": 8,
-    "__main__": 9,
+    "cli": 8,
+    "commands": 9,
+    "__main__": 10,
 }
 # The package's own __init__ names everything, lazily, so it may import anything; for the others it is the roof.
 ROOF = "__init__"

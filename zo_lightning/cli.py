@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.cli import (
@@ -47,8 +48,9 @@ from zo_lightning.replay.command import COMMANDS as OF_RUNS
 from zo_lightning.runs import find_checkpoint, named_folders, own_folder, settle_in
 from zo_lightning.study.command import COMMANDS as OF_STUDIES
 from zo_lightning.study.folder import FINISHED
+from zo_lightning.tuning.command import COMMANDS as OF_TUNING
 
-COMMANDS = {**OF_STUDIES, **OF_RUNS, **OF_PRESETS}
+COMMANDS = {**OF_TUNING, **OF_STUDIES, **OF_RUNS, **OF_PRESETS}
 """The subcommands that are not Lightning's, and what they do."""
 _OTHERS = "There are also " + ", ".join(f"`{name}` ({what})" for name, what in COMMANDS.items()) + "."
 
@@ -297,6 +299,24 @@ class CLI(LightningCLI):
 def fit(words: Sequence[str]) -> Trainer:
     """Run ``fit`` with these words and return its trainer; what goes wrong is raised."""
     return CLI(["fit", *words]).trainer
+
+
+class Prepared(CLI):
+    """What ``fit`` would train with these words, made and checked, and not trained."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__(["fit", *words])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options of ``fit``, as plain containers."""
+        return yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train nothing."""
+
+    def after_fit(self) -> None:
+        """Say nothing."""
 
 
 def _set_reference(trainer: Trainer, reference: str) -> None:

@@ -10,15 +10,17 @@ from pathlib import Path
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from zo_lightning.cli import CLI, COMMANDS, fit
+from zo_lightning.cli import CLI, COMMANDS, Prepared, fit
 from zo_lightning.cli_errors import DISK, UserError, nearest
 from zo_lightning.distributed import ProcessLost, WeightsDiverged, tells_of_loss
 from zo_lightning.modules import TrainingDiverged
 from zo_lightning.presets import configs_command
 from zo_lightning.replay.command import export_command, replay_command
 from zo_lightning.study.command import report, study
+from zo_lightning.tuning.command import tune_command
 
 _COMMANDS = {
+    "tune": lambda words: tune_command(words, Prepared),
     "study": lambda words: study(words, fit),
     "report": lambda words: report(words, fit),
     "replay": replay_command,

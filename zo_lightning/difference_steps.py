@@ -8,7 +8,7 @@ from torch import Tensor
 
 RATIO = math.sqrt(10)
 """From one step of the grid to the next."""
-GRID = tuple(10 ** (k / 2) for k in range(-12, 1))
+GRID = tuple(float(f"{10 ** (k / 2):.2g}") for k in range(-12, 1))
 """From 1e-6 to 1."""
 
 _GOOD = 1e-2

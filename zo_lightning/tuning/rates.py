@@ -9,7 +9,7 @@ import numpy as np
 Train = Callable[[float, int], float]
 """Trains with a learning rate, over so many batches; the loss on batches held out, infinite where it diverged."""
 
-GRID = tuple(10 ** (k / 2) for k in range(-10, 1))
+GRID = tuple(float(f"{10 ** (k / 2):.2g}") for k in range(-10, 1))
 """The first learning rates, from 1e-5 to 1."""
 _FINER = 10 ** (1 / 4)
 _SHARES = (4, 2, 1)

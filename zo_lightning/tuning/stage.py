@@ -21,6 +21,7 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import EstimatedGradient, TrainingDiverged
 from zo_lightning.modules.delivery import without_gradient
 from zo_lightning.modules.driver import Driver
+from zo_lightning.modules.refusals import is_pair_of_lists
 from zo_lightning.modules.training_step import NeedsGraph, NoLoss, TrainingStep
 from zo_lightning.objective import NonFiniteLoss
 from zo_lightning.tuning.as_found import AsFound
@@ -62,7 +63,8 @@ class Stage:
             raise MisconfigurationException(f"{name} has an estimator of its own: set {name}.estimator")
         if not module.automatic_optimization:
             raise MisconfigurationException(f"{type(module).__name__} steps its optimizers itself: it cannot be tuned")
-        self.estimator = module.estimator if self._own else estimator or getattr(given, "estimator", None)
+        own: Any = module.estimator if self._own else None
+        self.estimator: GradientEstimator | None = own or estimator or getattr(given, "estimator", None)
         self.forward_passes = 0
         self.rates: list[float] = []
         self.batches_in_run: int | None = None
@@ -87,8 +89,8 @@ class Stage:
     def batches(self, count: int) -> list[Any]:
         """The first training batches, as the loader gives them."""
         collect = _Collect(count)
-        limit = {} if self.like is None else {"limit_train_batches": self.like.limit_train_batches}
-        self._fit([collect], None, **limit)
+        limit: Any = None if self.like is None else self.like.limit_train_batches
+        self._fit([collect], None, limit_train_batches=limit)
         self.batches_in_run = _batches_in_run(self.like, collect.in_epoch)
         return collect.batches
 
@@ -127,7 +129,7 @@ class Stage:
         batches: "_Batches | None",
         schedule: tuple[int, float] = (0, 1.0),
         estimator: GradientEstimator | None = None,
-        **options: Any,
+        limit_train_batches: int | float | None = None,
     ) -> None:
         """One ``Trainer.fit``, of batches where they are given, from the start that was found."""
         module, data = self.module, self.data
@@ -155,7 +157,7 @@ class Stage:
                 vars(data).update(train_dataloader=lambda: batches, prepare_data=_nothing, setup=_nothing)
         try:
             with _quiet():
-                self._trainer(callbacks, **options).fit(module, **loaders)
+                self._trainer(callbacks, limit_train_batches).fit(module, **loaders)
         except SystemExit as stop:  # what Lightning makes of Ctrl-C
             if isinstance(stop.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from stop
@@ -163,7 +165,8 @@ class Stage:
         finally:
             self.forward_passes += driver.forward_passes if driver is not None else 0
 
-    def _trainer(self, callbacks: list[Callback], **options: Any) -> Trainer:
+    def _trainer(self, callbacks: list[Callback], limit_train_batches: int | float | None) -> Trainer:
+        options: dict[str, Any] = {"devices": 1}
         if (like := self.like) is not None:
             device = like.strategy.root_device
             kind = {"cuda": "gpu"}.get(device.type, device.type)
@@ -176,8 +179,9 @@ class Stage:
                 "gradient_clip_algorithm": like.gradient_clip_algorithm,
             }
         return Trainer(
-            **{"devices": 1, **options},
+            **options,
             max_epochs=1,
+            limit_train_batches=limit_train_batches,
             limit_val_batches=0,
             num_sanity_val_steps=0,
             logger=False,
@@ -225,12 +229,12 @@ class _Collect(Callback):
     def __init__(self, count: int) -> None:
         self.count = count
         self.batches: list[Any] = []
-        self.in_epoch = math.inf
+        self.in_epoch: float = math.inf
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader: Any = trainer.fit_loop._combined_loader
         self.in_epoch = trainer.num_training_batches
-        self.batches = [batch for batch, *_ in islice(iter(loader), min(self.count, self.in_epoch))]
+        self.batches = [batch for batch, *_ in islice(iter(loader), int(min(self.count, self.in_epoch)))]
         trainer.should_stop = True
         trainer.fit_loop.min_epochs = 0
 
@@ -289,11 +293,11 @@ def _optimizer(configured: Any, name: str) -> torch.optim.Optimizer:
     Raises:
         MisconfigurationException: there is none, or there are several.
     """
-    given = configured
-    while isinstance(given, list | tuple) and given:
-        if len(given) > 1 and not isinstance(given[0], list):
+    given: Any = configured[0] if is_pair_of_lists(configured) else configured
+    if isinstance(given, list | tuple):
+        if len(given) > 1:
             raise MisconfigurationException(f"{name}.configure_optimizers gave {len(given)} optimizers: tune takes one")
-        given = given[0]
+        given = next(iter(given), None)
     given = given["optimizer"] if isinstance(given, dict) else given
     if not isinstance(given, torch.optim.Optimizer):
         raise MisconfigurationException(f"{name}.configure_optimizers gave no optimizer: nothing would be trained")

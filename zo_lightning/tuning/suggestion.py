@@ -50,7 +50,7 @@ class Suggestion:
         """Set ``mu`` and the learning rate: the module's estimator, or that of the trainer's ``GradientFree``.
 
         The learning rate is that of ``module.optimizer``, where that makes the optimizer, as a ``Classifier``'s does,
-        or the attribute ``lr`` or ``learning_rate``, of the module or its ``hparams``, as Lightning's ``lr_find`` has it.
+        or the attribute ``lr`` or ``learning_rate`` of the module or its ``hparams``, as with Lightning's ``lr_find``.
 
         Raises:
             MisconfigurationException: the module has none of these; nothing has been set.

@@ -54,7 +54,8 @@ def tune(
             module as it is, and the length of whose run the learning rate is for. It is left alone, as no run of it
             begins. None: a ``Trainer`` with nothing said.
         estimator: trains a module that has none, nor the trainer; None: backpropagation.
-        steps: batches of the longest trials. All together train on about eight times as many.
+        steps: batches of the longest trials, or of the trainer's run where that is shorter. All together train on eight
+            times as many.
         progress: whether to show a bar; None: on a terminal.
 
     Raises:
@@ -83,6 +84,8 @@ class _Search:
         if not batches:
             raise ValueError("there are no training batches to tune on")
         training, held_out = _split(batches)
+        if stage.batches_in_run is not None:  # a short run is tried as a whole
+            self.steps = max(4, min(self.steps, stage.batches_in_run))
         scanned = [] if estimator is None or estimator.mu is None else training[:SCANNED]
         total = len(scanned) + len(held_out) * (rates.TRIALS + 1) + rates.cost(self.steps)
         scan, mu = None, None
