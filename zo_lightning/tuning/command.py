@@ -64,7 +64,7 @@ def _comment(suggestion: Suggestion) -> str:
     best = min(longest, key=lambda trial: trial.loss)
     lines = [
         f"Found in {suggestion.forward_passes:,} forward passes of a batch. On training batches held out, the loss",
-        f"falls from {suggestion.start:.3f} to {best.loss:.3f} in {best.steps} batches at a learning rate of {best.lr:.2g}",
+        f"falls from {suggestion.start:.3f} to {best.loss:.3f} in {best.steps} batches at lr {best.lr:.2g}",
     ]
     if suggestion.batches_in_run is not None:
         lines[-1] += f"; for the run's {suggestion.batches_in_run:,} batches it is {suggestion.lr:.2g}"

@@ -15,7 +15,8 @@ _FINER = 10 ** (1 / 4)
 _SHARES = (4, 2, 1)
 _COUNTS = (len(GRID), 5, 3)
 TRIALS = sum(_COUNTS)
-_EXPONENT = 0.25
+"""In a sweep, at least."""
+_EXPONENT = 0.28
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Trial:
 
 
 def cost(steps: int) -> int:
-    """The batches that a sweep trains on."""
+    """The batches that a sweep trains on, at least."""
     return sum(rates * max(1, steps // share) for rates, share in zip(_COUNTS, _SHARES, strict=True))
 
 
@@ -36,8 +37,8 @@ def sweep(train: Train, steps: int) -> list[Trial]:
     """Successive halving (Jamieson & Talwalkar 2016) on a grid of learning rates that gets finer.
 
     First 1e-5 to 1 in half decades, each on a quarter of the steps; then five a quarter of a decade apart around the
-    best, on half; then the best of these and its neighbours, on all. Every training begins anew, and its learning rate
-    falls to 0 like that of a whole run: so a large one is not disfavoured for noise that would have been averaged.
+    best, on half; then the best of these and its neighbours, on all, and up to two more where the best is at the edge.
+    Every training begins anew, and its learning rate falls as that of a whole run does.
     """
     trials: list[Trial] = []
 
@@ -49,7 +50,18 @@ def sweep(train: Train, steps: int) -> list[Trial]:
 
     best = best_of(GRID, _SHARES[0])
     best = best_of([best * _FINER**k for k in range(-2, 3)], _SHARES[1])
-    best_of([best * _FINER**k for k in (-1, 0, 1)], _SHARES[2])
+    tried = [best * _FINER**k for k in (-1, 0, 1)]
+    best = best_of(tried, _SHARES[2])
+    for _ in range(2):
+        if best == min(tried):
+            further = best / _FINER
+        elif best == max(tried):
+            further = best * _FINER
+        else:
+            break
+        trials.append(Trial(further, steps, train(further, steps)))
+        tried.append(further)
+        best = min((trial for trial in trials if trial.steps == steps), key=lambda trial: trial.loss).lr
     return trials
 
 
@@ -63,16 +75,18 @@ def best_of(trials: Sequence[Trial]) -> float | None:
     if not last:
         return None
     best = min(last, key=lambda trial: trial.loss)
-    if len(last) < 3 or best in (last[0], last[-1]):
+    if best in (last[0], last[-1]):
         return best.lr
-    a, b, _ = np.polyfit([math.log(trial.lr) for trial in last], [trial.loss for trial in last], 2)
+    place = last.index(best)
+    around = last[place - 1 : place + 2]
+    a, b, _ = np.polyfit([math.log(trial.lr) for trial in around], [trial.loss for trial in around], 2)
     return math.exp(-b / (2 * a))
 
 
 def for_run(lr: float, steps: int, batches_in_run: int | None) -> float:
     """The learning rate for a run that is longer than the trainings it was found by.
 
-    The best one gets smaller the longer a run has to average its noise: here by the fourth root, as measured on the
-    study's nets (docs/tuning.md).
+    The best one gets smaller the longer a run has to average its noise: by the length to the power of -0.28, as
+    measured on three of the study's methods (docs/tuning.md).
     """
     return lr if batches_in_run is None else lr * min(1.0, steps / max(1, batches_in_run)) ** _EXPONENT

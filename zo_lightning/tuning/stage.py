@@ -7,8 +7,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,15 +17,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from zo_lightning.callbacks.gradient_free import GradientFree
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import EstimatedGradient, TrainingDiverged
-from zo_lightning.modules.delivery import without_gradient
 from zo_lightning.modules.driver import Driver
 from zo_lightning.modules.refusals import is_pair_of_lists
-from zo_lightning.modules.training_step import NeedsGraph, NoLoss, TrainingStep
-from zo_lightning.objective import NonFiniteLoss
 from zo_lightning.tuning.as_found import AsFound
-
-Look = Callable[[TrainingStep], float | None]
-"""What is done with the loss of a batch, in place of a training step; the loss, or None."""
+from zo_lightning.tuning.turns import Batches, Collect, Look, Turn
 
 
 class Stage:
@@ -68,12 +61,12 @@ class Stage:
         self.forward_passes = 0
         self.rates: list[float] = []
         self.batches_in_run: int | None = None
-        self._found = AsFound(module, data) if data is not None else AsFound(module)
         for one in (*module.parameters(), *module.buffers()):
             if torch.nn.parameter.is_lazy(one):
                 raise MisconfigurationException(
                     f"{type(module).__name__} has weights without a shape: pass a batch through it first"
                 )
+        self._found = AsFound(module, data) if data is not None else AsFound(module)
 
     @contextmanager
     def begun(self) -> Iterator[None]:
@@ -88,7 +81,7 @@ class Stage:
 
     def batches(self, count: int) -> list[Any]:
         """The first training batches, as the loader gives them."""
-        collect = _Collect(count)
+        collect = Collect(count)
         limit: Any = None if self.like is None else self.like.limit_train_batches
         self._fit([collect], None, limit_train_batches=limit)
         self.batches_in_run = _batches_in_run(self.like, collect.in_epoch)
@@ -102,23 +95,26 @@ class Stage:
         factor: float = 1.0,
         estimator: GradientEstimator | None = None,
         told: Callable[[], Any] = lambda: None,
+        limit: float = math.inf,
     ) -> list[float]:
         """Train on the first batches, and look at the losses of the others; a run that diverges is looked at no more.
 
         Args:
             batches: for training, then to be looked at.
             look: at each of these.
-            steps: batches to train on; the learning rates fall linearly to 0 over them.
+            steps: batches to train on; the learning rates fall linearly to 0 over them
+                where the module has a schedule, and stay where it has none.
             factor: all learning rates are multiplied by.
             estimator: in the place of the module's; None leaves that.
             told: called after each batch.
+            limit: a loss above it is that of a training that diverges.
 
         Returns:
             What the looks gave; nothing where training diverged.
         """
-        turn = _Turn(look, steps, told)
+        turn = Turn(look, steps, told, limit)
         try:
-            self._fit([turn], _Batches(batches), (steps, factor), estimator or self.estimator)
+            self._fit([turn], Batches(batches), (steps, factor), estimator or self.estimator)
         except TrainingDiverged:
             return []
         return turn.seen
@@ -126,7 +122,7 @@ class Stage:
     def _fit(
         self,
         callbacks: list[Callback],
-        batches: "_Batches | None",
+        batches: "Batches | None",
         schedule: tuple[int, float] = (0, 1.0),
         estimator: GradientEstimator | None = None,
         limit_train_batches: int | float | None = None,
@@ -140,7 +136,7 @@ class Stage:
         ask = module._underlying_step if isinstance(module, EstimatedGradient) else module.training_step
         arity = module._step_arity if isinstance(module, EstimatedGradient) else None
         for callback in callbacks:
-            if isinstance(callback, _Turn):
+            if isinstance(callback, Turn):
                 callback.ask, callback.arity = ask, arity
         driver = None
         if isinstance(module, EstimatedGradient):
@@ -194,114 +190,38 @@ class Stage:
         )
 
     def _schedule(self, steps: int, factor: float) -> None:
-        """Let the module's optimizer begin with its learning rates times a factor, which fall to 0 over the batches."""
+        """Let the module's optimizer begin with its learning rates times a factor; a schedule becomes a fall to 0."""
         module, own = self.module, self.module.configure_optimizers
         updates = max(1, steps // (1 if self.like is None else self.like.accumulate_grad_batches))
 
         def configure_optimizers() -> Any:
-            optimizer = _optimizer(own(), type(module).__name__)
+            optimizer, falls = _made(own(), type(module).__name__)
             self.rates = [_rate(group) for group in optimizer.param_groups]
             for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
                 group.pop("initial_lr", None)
                 group["lr"] = rate * factor
-            fall = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / updates))
+            fall = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / updates) if falls else 1.0)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": fall, "interval": "step"}}
 
         vars(module)["configure_optimizers"] = configure_optimizers
 
 
-class _Batches:
-    """Batches that were drawn before, as a loader."""
-
-    def __init__(self, batches: Sequence[Any]) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
-
-
-class _Collect(Callback):
-    """Draws the first batches, and ends the run before it has trained on one."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.batches: list[Any] = []
-        self.in_epoch: float = math.inf
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loader: Any = trainer.fit_loop._combined_loader
-        self.in_epoch = trainer.num_training_batches
-        self.batches = [batch for batch, *_ in islice(iter(loader), int(min(self.count, self.in_epoch)))]
-        trainer.should_stop = True
-        trainer.fit_loop.min_epochs = 0
-
-
-class _Turn(Callback):
-    """Puts a look at the loss in the place of the training step, from a batch on.
-
-    Attributes:
-        ask: the module's own training step.
-        arity: how many arguments that takes; None where Lightning sees it.
-        seen: what the looks gave.
-    """
-
-    ask: Callable[..., Any]
-    arity: int | None
-
-    def __init__(self, look: Look, steps: int, told: Callable[[], Any]) -> None:
-        self.look, self.steps, self.told = look, steps, told
-        self.seen: list[float] = []
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        own = pl_module.training_step
-
-        @wraps(own)  # Lightning reads its signature to know what to pass
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            self.told()
-            if trainer.fit_loop.total_batch_idx < self.steps:
-                return own(*args, **kwargs)
-            return self._looked(pl_module, args[: self.arity], kwargs)
-
-        vars(pl_module)["training_step"] = training_step
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        vars(pl_module).pop("training_step", None)
-
-    def _looked(self, module: LightningModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        objective = TrainingStep(self.ask, module, *args, **kwargs)
-        try:
-            try:
-                found = self.look(objective)
-            except NeedsGraph:
-                objective.with_graph = True
-                found = self.look(objective)
-        except NoLoss:
-            return None
-        except NonFiniteLoss as error:
-            found = error.value
-        if found is not None:
-            self.seen.append(found)
-        return objective.with_loss(without_gradient(0.0 if found is None else found, module))
-
-
-def _optimizer(configured: Any, name: str) -> torch.optim.Optimizer:
-    """The one optimizer in what ``configure_optimizers`` returned.
+def _made(configured: Any, name: str) -> tuple[torch.optim.Optimizer, bool]:
+    """The one optimizer in what ``configure_optimizers`` returned, and whether its learning rate has a schedule.
 
     Raises:
         MisconfigurationException: there is none, or there are several.
     """
-    given: Any = configured[0] if is_pair_of_lists(configured) else configured
+    given, schedules = configured if is_pair_of_lists(configured) else (configured, [])
     if isinstance(given, list | tuple):
         if len(given) > 1:
             raise MisconfigurationException(f"{name}.configure_optimizers gave {len(given)} optimizers: tune takes one")
         given = next(iter(given), None)
-    given = given["optimizer"] if isinstance(given, dict) else given
+    if isinstance(given, dict):
+        given, schedules = given["optimizer"], given.get("lr_scheduler")
     if not isinstance(given, torch.optim.Optimizer):
         raise MisconfigurationException(f"{name}.configure_optimizers gave no optimizer: nothing would be trained")
-    return given
+    return given, bool(schedules)
 
 
 def _rate(group: dict[str, Any]) -> float:

@@ -26,6 +26,8 @@ SCANNED = 4
 """Batches on which mu is measured."""
 _SLOPES = 8
 """Slopes for each of them, at least."""
+_HOPELESS = 4
+"""Times the loss at the start: one that has grown by that much ends a trial, as in Lightning's ``lr_find``."""
 
 
 def tune(
@@ -94,12 +96,15 @@ class _Search:
                 assert estimator is not None
                 scan = self._scan(estimator, scanned, bar.update)
                 estimator, mu = self._with_best(estimator, scan)
-            start = self._loss(held_out, [], 1.0, estimator, bar.update)
+            at_start = stage.run(held_out, _ask, told=bar.update)
+            start = fmean(at_start) if at_start else math.inf
+            limit = max(at_start, default=math.inf) + _HOPELESS * max(map(abs, at_start), default=math.inf)
             base = stage.rates[0]
 
             def train(lr: float, steps: int) -> float:
                 lot = list(islice(cycle(training), steps))
-                return self._loss(held_out, lot, lr / base, estimator, bar.update)
+                losses = stage.run([*lot, *held_out], _ask, steps, lr / base, estimator, bar.update, limit)
+                return fmean(losses) if losses and all(map(math.isfinite, losses)) else math.inf
 
             trials = rates.sweep(train, self.steps)
         lr = self._best_rate(trials, start)
@@ -145,13 +150,6 @@ class _Search:
                 "they are; the loss is noisy, or constant between jumps"
             )
         return estimator.with_mu(mu), mu
-
-    def _loss(
-        self, held_out: list[Any], training: list[Any], factor: float, estimator: GradientEstimator | None, told: Any
-    ) -> float:
-        """The mean loss on batches held out, after a training on others."""
-        losses = self.stage.run([*training, *held_out], _ask, len(training), factor, estimator, told)
-        return fmean(losses) if losses and all(map(math.isfinite, losses)) else math.inf
 
     def _best_rate(self, trials: list[Trial], start: float) -> float:
         lr = rates.best_of(trials)
