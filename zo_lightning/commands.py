@@ -12,7 +12,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 
 from zo_lightning.cli import CLI, COMMANDS, Prepared, fit
 from zo_lightning.cli_errors import DISK, UserError, nearest
-from zo_lightning.distributed import ProcessLost, WeightsDiverged, tells_of_loss
+from zo_lightning.distributed import ProcessLost, WeightsDiverged, closing_group, tells_of_loss
 from zo_lightning.modules import TrainingDiverged
 from zo_lightning.presets import configs_command
 from zo_lightning.replay.command import export_command, replay_command
@@ -40,7 +40,8 @@ def main(args: list[str] | None = None) -> int:
         if words and words[0] in _COMMANDS:
             return _COMMANDS[words[0]](words[1:])
         check_command(words)
-        CLI(args)
+        with closing_group():
+            CLI(args)
     except UserError as error:
         return _fail(error, 2)
     except (TrainingDiverged, WeightsDiverged, ProcessLost, MisconfigurationException) as error:
