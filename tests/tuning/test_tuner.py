@@ -273,6 +273,31 @@ def test_classifier_is_set_by_its_factory() -> None:
     assert module.estimator.mu == suggestion.mu
 
 
+def test_rate_among_the_hyperparameters_is_set() -> None:
+    class Saved(Bowl):
+        def __init__(self, learning_rate: float) -> None:
+            super().__init__(5.0)
+            self.save_hyperparameters()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.hparams["learning_rate"])
+
+    module = Saved(1e-3)
+    suggestion = zo.tune(module, loader(), steps=8, progress=False)
+    assert module.hparams["learning_rate"] == 1e-3
+    suggestion.apply(module)
+    assert module.hparams["learning_rate"] == pytest.approx(suggestion.lr)
+
+
+def test_lean_slopes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    scans = []
+    for large in (10**9, 1):
+        monkeypatch.setattr("zo_lightning.tuning.tuner.LARGE", large)
+        torch.manual_seed(0)
+        scans.append(zo.tune(Halved(), loader(), estimator=zo.ZerothOrder(seed=0), steps=4, progress=False).scan)
+    assert scans[0] == scans[1] is not None
+
+
 def test_estimator_of_the_trainers_callback_is_set() -> None:
     trainer = quiet(callbacks=[free := zo.GradientFree(zo.ZerothOrder(seed=0))])
     module = Lit()

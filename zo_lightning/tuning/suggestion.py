@@ -89,14 +89,16 @@ class Suggestion:
                 xlabel="mu", ylabel="relative error of slopes", title="mu", xlim=(self.scan.grid[0], self.scan.grid[-1])
             )
             if self.mu is not None:
-                left.axvline(self.mu, color="C1", label=f"{self.mu:.2g}")
+                left.axvline(self.mu, color="0.2", label=f"taken: {self.mu:.2g}")
                 left.legend()
         right = axes[-1]
         for steps in sorted({trial.steps for trial in self.trials}):
             shown = sorted((t.lr, t.loss) for t in self.trials if t.steps == steps and t.loss < 3 * abs(self.start) + 1)
             right.semilogx(*zip(*shown, strict=True), "o-", label=f"{steps} batches") if shown else None
         right.axhline(self.start, color="0.6", linestyle=":", label="before")
-        right.axvline(self.lr, color="C1", label=f"{self.lr:.2g}")
+        right.axvline(
+            self.lr, color="0.2", label=f"for the run: {self.lr:.2g}" if self.batches_in_run else f"{self.lr:.2g}"
+        )
         right.set(xlabel="learning rate", ylabel="loss on batches held out", title="learning rate")
         right.legend(fontsize="small")
         return figure
@@ -105,8 +107,8 @@ class Suggestion:
 def _scaled(makes: Callable[..., Any], factor: float) -> Callable[..., Any]:
     """Makes the same optimizer, with all its learning rates multiplied."""
 
-    def optimizer(params: Any) -> Any:
-        made = makes(params)
+    def optimizer(*args: Any, **kwargs: Any) -> Any:
+        made = makes(*args, **kwargs)
         for group in made.param_groups:
             group["lr"] *= factor
         return made

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from zo_lightning.difference_steps import StepScan
 from zo_lightning.estimators import GradientEstimator
+from zo_lightning.modules.memory import LARGE
 from zo_lightning.modules.training_step import TrainingStep
 from zo_lightning.objective import NonFiniteLoss
 from zo_lightning.tuning import rates
@@ -169,8 +170,9 @@ def _ask(objective: TrainingStep) -> float:
 
 def _slopes(estimator: GradientEstimator, objective: TrainingStep, module: LightningModule, step: int) -> Tensor | None:
     """The slopes that make an estimate, or where there are no such, the estimate; None where a loss is not finite."""
+    lean = estimator.can_be_lean and sum(p.numel() for p in module.parameters() if p.requires_grad) >= LARGE
     try:
-        estimate = estimator.estimate(objective, module, step, estimator.init(module))
+        estimate = estimator.estimate(objective, module, step, estimator.init(module), lean)
     except NonFiniteLoss:
         return None
     if estimate.slopes:
