@@ -16,6 +16,7 @@ _SHARES = (4, 2, 1)
 _COUNTS = (len(GRID), 5, 3)
 TRIALS = sum(_COUNTS)
 """In a sweep, at least."""
+_FURTHER = 4
 _EXPONENT = 0.28
 
 
@@ -37,7 +38,7 @@ def sweep(train: Train, steps: int) -> list[Trial]:
     """Successive halving (Jamieson & Talwalkar 2016) on a grid of learning rates that gets finer.
 
     First 1e-5 to 1 in half decades, each on a quarter of the steps; then five a quarter of a decade apart around the
-    best, on half; then the best of these and its neighbours, on all, and up to two more where the best is at the edge.
+    best, on half; then the best of these and its neighbours, on all, and up to four more where the best is at the edge.
     Every training begins anew, and its learning rate falls as that of a whole run does.
     """
     trials: list[Trial] = []
@@ -52,16 +53,17 @@ def sweep(train: Train, steps: int) -> list[Trial]:
     best = best_of([best * _FINER**k for k in range(-2, 3)], _SHARES[1])
     tried = [best * _FINER**k for k in (-1, 0, 1)]
     best = best_of(tried, _SHARES[2])
-    for _ in range(2):
-        if best == min(tried):
-            further = best / _FINER
+    for _ in range(_FURTHER):
+        longest = [trial for trial in trials if trial.steps == steps]
+        if best == min(tried) or not any(math.isfinite(trial.loss) for trial in longest):
+            further = min(tried) / _FINER
         elif best == max(tried):
-            further = best * _FINER
+            further = max(tried) * _FINER
         else:
             break
-        trials.append(Trial(further, steps, train(further, steps)))
         tried.append(further)
-        best = min((trial for trial in trials if trial.steps == steps), key=lambda trial: trial.loss).lr
+        trials.append(Trial(further, steps, train(further, steps)))
+        best = min([*longest, trials[-1]], key=lambda trial: trial.loss).lr
     return trials
 
 

@@ -107,7 +107,7 @@ class Stage:
             factor: all learning rates are multiplied by.
             estimator: in the place of the module's; None leaves that.
             told: called after each batch.
-            limit: a loss above it is that of a training that diverges.
+            limit: where the mean loss of five batches is above it, a training diverges.
 
         Returns:
             What the looks gave; nothing where training diverged.

@@ -1,6 +1,7 @@
 """What a short run is made of: batches drawn before, and callbacks that draw them and look at their losses."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from itertools import islice
@@ -15,6 +16,10 @@ from zo_lightning.objective import NonFiniteLoss
 
 Look = Callable[[TrainingStep], float | None]
 """What is done with the loss of a batch, in place of a training step; the loss, or None."""
+
+
+_LATEST = 5
+"""Batches whose mean loss tells that a training diverges: that of one may be large by chance."""
 
 
 class Batches:
@@ -62,6 +67,7 @@ class Turn(Callback):
     def __init__(self, look: Look, steps: int, told: Callable[[], Any], limit: float) -> None:
         self.look, self.steps, self.told, self.limit = look, steps, told, limit
         self.seen: list[float] = []
+        self._latest: deque[float] = deque(maxlen=_LATEST)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put it there: outside of what a ``GradientFree`` has put there before."""
@@ -72,8 +78,8 @@ class Turn(Callback):
             self.told()
             if trainer.fit_loop.total_batch_idx < self.steps:
                 output = own(*args, **kwargs)
-                if output is not None and float(output["loss"] if isinstance(output, Mapping) else output) > self.limit:
-                    raise TrainingDiverged
+                if output is not None:
+                    self._check(float(output["loss"] if isinstance(output, Mapping) else output))
                 return output
             return self._looked(pl_module, args[: self.arity], kwargs)
 
@@ -82,6 +88,11 @@ class Turn(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its own back."""
         vars(pl_module).pop("training_step", None)
+
+    def _check(self, loss: float) -> None:
+        self._latest.append(loss)
+        if len(self._latest) == _LATEST and sum(self._latest) / _LATEST > self.limit:
+            raise TrainingDiverged
 
     def _looked(self, module: LightningModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         objective = TrainingStep(self.ask, module, *args, **kwargs)
