@@ -8,8 +8,8 @@ from torch import Tensor
 
 RATIO = math.sqrt(10)
 """From one step of the grid to the next."""
-GRID = tuple(float(f"{10 ** (k / 2):.2g}") for k in range(-12, 1))
-"""From 1e-6 to 1."""
+GRID = tuple(float(f"{10 ** (k / 2):.2g}") for k in range(-12, 2))
+"""From 1e-6 to 3.2."""
 
 _GOOD = 1e-2
 """A relative error of slopes that no training notices: along one direction of many, chance makes far larger ones."""

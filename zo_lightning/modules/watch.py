@@ -87,7 +87,7 @@ class Watch:
         self._say(
             f"mu={mu:g} drowns in the rounding of precision {module.trainer.precision}: doubled, it changes "
             f"the slopes of the loss by {change**0.5:.0%} (root mean square, {_DIRECTIONS} directions). "
-            + (f"Take mu={would_do:g}, or" if would_do else f"No mu up to {scan.grid[-1]:g} would do: take")
+            + (f"Take mu={would_do:g}, or" if would_do else f"No mu up to {scan.grid[-2]:g} would do: take")
             + " precision='32-true'"
         )
 
