@@ -220,7 +220,8 @@ def test_a_constant_loss_is_said() -> None:
     assert suggestion.mu == 0.02
     assert len(suggestion.warnings) == 2
     assert "the same, or infinite, at every mu" in suggestion.warnings[0]
-    assert "no learning rate lowers the loss" in suggestion.warnings[1]
+    assert suggestion.warnings[1] == "no learning rate lowers the loss within 8 batches: 0.001 stays"
+    assert suggestion.lr == 1e-3 and suggestion.factor == 1
 
 
 def test_suggestion_trains() -> None:

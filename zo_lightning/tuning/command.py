@@ -29,10 +29,10 @@ def tune_command(words: list[str], prepare: Callable[[Sequence[str]], Any]) -> i
     """
     if {"-h", "--help"} & set(words):
         print(f"zo-lightning tune: {COMMANDS['tune']}. It takes the options of `fit`:\n")
-    made = prepare(words)
-    if made.options.get("ckpt_path") is not None:
-        raise UserError("ckpt_path: tune looks for where a run begins; --init_from begins one with given weights")
     try:
+        made = prepare(words)
+        if made.options.get("ckpt_path") is not None:
+            raise UserError("ckpt_path: tune looks for where a run begins; --init_from begins one with given weights")
         suggestion = tune(made.model, made.datamodule, made.trainer)
     except KeyboardInterrupt:
         print("\nzo-lightning: tune was stopped: nothing is written", file=sys.stderr)
@@ -67,7 +67,7 @@ def _comment(suggestion: Suggestion) -> str:
         f"falls from {suggestion.start:.3f} to {best.loss:.3f} in {best.steps} batches at lr {best.lr:.2g}",
     ]
     if suggestion.batches_in_run is not None:
-        lines[-1] += f"; for the run's {suggestion.batches_in_run:,} batches it is {suggestion.lr:.2g}"
+        lines[-1] += f"; for the run's {suggestion.batches_in_run:,} batches {suggestion.lr:.2g} is taken"
     lines[-1] += "."
     if suggestion.scan is not None and suggestion.mu is not None:
         errors = dict(zip(suggestion.scan.grid, suggestion.scan.errors, strict=True))

@@ -27,6 +27,8 @@ SCANNED = 4
 """Batches on which mu is measured."""
 _SLOPES = 8
 """Slopes for each of them, at least."""
+_FEWEST = 60
+"""Batches of a trial of even the shortest run: fewer tell nothing."""
 _HOPELESS = 4
 """Times the loss at the start: one that has grown by that much ends a trial, as in Lightning's ``lr_find``."""
 
@@ -57,8 +59,8 @@ def tune(
             module as it is, and the length of whose run the learning rate is for. It is left alone, as no run of it
             begins. None: a ``Trainer`` with nothing said.
         estimator: trains a module that has none, nor the trainer; None: backpropagation.
-        steps: batches of the longest trials, or of the trainer's run where that is shorter. All together train on eight
-            times as many.
+        steps: batches of the longest trials; fewer, but 60, where the trainer's run is shorter. All together train on
+            eight times as many.
         progress: whether to show a bar; None: on a terminal.
 
     Raises:
@@ -87,8 +89,8 @@ class _Search:
         if not batches:
             raise ValueError("there are no training batches to tune on")
         training, held_out = _split(batches)
-        if stage.batches_in_run is not None:  # a short run is tried as a whole
-            self.steps = max(4, min(self.steps, stage.batches_in_run))
+        if stage.batches_in_run is not None:
+            self.steps = min(self.steps, max(_FEWEST, stage.batches_in_run))
         scanned = [] if estimator is None or estimator.mu is None else training[:SCANNED]
         total = len(scanned) + len(held_out) * (rates.TRIALS + 1) + rates.cost(self.steps)
         scan, mu = None, None
@@ -108,7 +110,7 @@ class _Search:
                 return fmean(losses) if losses and all(map(math.isfinite, losses)) else math.inf
 
             trials = rates.sweep(train, self.steps)
-        lr = self._best_rate(trials, start)
+        lr = self._best_rate(trials, start, base)
         return Suggestion(
             mu=mu,
             lr=lr,
@@ -152,7 +154,7 @@ class _Search:
             )
         return estimator.with_mu(mu), mu
 
-    def _best_rate(self, trials: list[Trial], start: float) -> float:
+    def _best_rate(self, trials: list[Trial], start: float, base: float) -> float:
         lr = rates.best_of(trials)
         if lr is None:
             raise MisconfigurationException(
@@ -160,7 +162,8 @@ class _Search:
             )
         longest = [trial.loss for trial in trials if trial.steps == self.steps]
         if min(longest) >= start:
-            self.warnings.append(f"no learning rate lowers the loss within {self.steps} batches: take more steps")
+            self.warnings.append(f"no learning rate lowers the loss within {self.steps} batches: {base:.2g} stays")
+            return base
         return rates.for_run(lr, self.steps, self.stage.batches_in_run)
 
 
