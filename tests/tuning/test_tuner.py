@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 
 import zo_lightning as zo
 from zo_lightning.random_states import random_states
+from zo_lightning.tuning.stage import Stage
 
 
 class Lit(LightningModule):
@@ -335,6 +336,28 @@ def test_data_module_is_set_up_once_and_keeps_its_hooks(capsys: pytest.CaptureFi
     assert capsys.readouterr().out.count("setup") == 1
     assert vars(data) == before
     assert np.mean(seen) == pytest.approx(2, rel=0.1)  # standard normal, doubled
+
+
+def test_passes_are_counted() -> None:
+    """All of them: Lightning's own are counted by the module, three for each batch that is differentiated."""
+    for estimator in (None, zo.ZerothOrder(seed=0)):
+        module = Bowl(5.0)
+        asked: list[bool] = []
+        own = module.training_step
+        module.training_step = lambda batch, batch_idx, own=own, asked=asked: (  # type: ignore[method-assign]
+            asked.append(torch.is_grad_enabled()),
+            own(batch, batch_idx),
+        )[1]
+        suggestion = zo.tune(module, loader(), estimator=estimator, steps=8, progress=False)
+        # The looks at losses are under no_grad in both cases, and so are the passes of an estimator.
+        assert suggestion.forward_passes == asked.count(False) + 3 * asked.count(True)
+
+
+def test_nothing_is_trained_while_batches_are_drawn() -> None:
+    module = Lit()
+    module.broken_after = 1
+    stage = Stage(module, loader(), quiet(limit_train_batches=7))
+    assert len(stage.batches(100)) == 7 and stage.batches_in_run == 21
 
 
 def test_module_with_data_of_its_own() -> None:

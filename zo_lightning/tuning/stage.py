@@ -35,7 +35,7 @@ class Stage:
 
     Attributes:
         estimator: that trains the module, or None where Lightning differentiates.
-        forward_passes: of a batch, so far; three for backpropagation.
+        forward_passes: of a batch, so far; three for a batch of backpropagation.
         rates: the learning rates of the optimizer's groups, as the module makes it; known after the first run.
         batches_in_run: optimizer steps that ``like`` would take times the batches of each; None where nobody knows.
     """
@@ -76,7 +76,7 @@ class Stage:
             yield
         finally:
             self._found.restore()
-            if threading.current_thread() is threading.main_thread():
+            if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, handler)  # Lightning ignores it after the first
 
     def batches(self, count: int) -> list[Any]:
@@ -102,8 +102,8 @@ class Stage:
         Args:
             batches: for training, then to be looked at.
             look: at each of these.
-            steps: batches to train on; the learning rates fall linearly to 0 over them
-                where the module has a schedule, and stay where it has none.
+            steps: batches to train on; the learning rates fall linearly to 0 over them where the module has a schedule,
+                and stay where it has none.
             factor: all learning rates are multiplied by.
             estimator: in the place of the module's; None leaves that.
             told: called after each batch.
@@ -135,9 +135,9 @@ class Stage:
         self._schedule(*schedule)
         ask = module._underlying_step if isinstance(module, EstimatedGradient) else module.training_step
         arity = module._step_arity if isinstance(module, EstimatedGradient) else None
-        for callback in callbacks:
-            if isinstance(callback, Turn):
-                callback.ask, callback.arity = ask, arity
+        turns = [callback for callback in callbacks if isinstance(callback, Turn)]
+        for turn in turns:
+            turn.ask, turn.arity = ask, arity
         driver = None
         if isinstance(module, EstimatedGradient):
             vars(module)["_driver"] = driver = Driver(module)
@@ -151,6 +151,7 @@ class Stage:
             loaders = {"datamodule": data}
             if batches is not None:  # they are the data by now; the data module's hooks stay
                 vars(data).update(train_dataloader=lambda: batches, prepare_data=_nothing, setup=_nothing)
+                vars(data)["teardown"] = _nothing
         try:
             with _quiet():
                 self._trainer(callbacks, limit_train_batches).fit(module, **loaders)
@@ -159,7 +160,8 @@ class Stage:
                 raise KeyboardInterrupt from stop
             raise
         finally:
-            self.forward_passes += driver.forward_passes if driver is not None else 0
+            self.forward_passes += sum(turn.looked for turn in turns)
+            self.forward_passes += driver.forward_passes if driver else 3 * sum(turn.trained for turn in turns)
 
     def _trainer(self, callbacks: list[Callback], limit_train_batches: int | float | None) -> Trainer:
         options: dict[str, Any] = {"devices": 1}

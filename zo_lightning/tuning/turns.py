@@ -59,6 +59,8 @@ class Turn(Callback):
         ask: the module's own training step.
         arity: how many arguments that takes; None where Lightning sees it.
         seen: what the looks gave.
+        trained: batches so far.
+        looked: forward passes that the looks have asked for.
     """
 
     ask: Callable[..., Any]
@@ -67,6 +69,7 @@ class Turn(Callback):
     def __init__(self, look: Look, steps: int, told: Callable[[], Any], limit: float) -> None:
         self.look, self.steps, self.told, self.limit = look, steps, told, limit
         self.seen: list[float] = []
+        self.trained = self.looked = 0
         self._latest: deque[float] = deque(maxlen=_LATEST)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -78,6 +81,7 @@ class Turn(Callback):
             self.told()
             if trainer.fit_loop.total_batch_idx < self.steps:
                 output = own(*args, **kwargs)
+                self.trained += 1
                 if output is not None:
                     self._check(float(output["loss"] if isinstance(output, Mapping) else output))
                 return output
@@ -106,6 +110,8 @@ class Turn(Callback):
             return None
         except NonFiniteLoss as error:
             found = error.value
+        finally:
+            self.looked += objective.forward_passes
         if found is not None:
             self.seen.append(found)
         return objective.with_loss(without_gradient(0.0 if found is None else found, module))
