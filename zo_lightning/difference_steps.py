@@ -75,14 +75,16 @@ class StepScan:
 
     @property
     def best(self) -> float | None:
-        """The largest step whose error is at most 1 %, or else close to the smallest; None where all are infinite.
+        """The middle of the steps whose error is at most 1 %, or else near the smallest; None where all are infinite.
 
-        The largest, as slopes get smaller while a net is trained, and rounding errors do not.
+        The middle, as both errors grow while a net is trained: slopes get smaller, and rounding does not; and valleys
+        get narrower.
         """
         errors = self.errors
         if not math.isfinite(least := min(errors)):
             return None
-        return max(step for step, error in zip(self.grid, errors, strict=True) if error <= max(_GOOD, _NEAR * least))
+        good = [step for step, error in zip(self.grid, errors, strict=True) if error <= max(_GOOD, _NEAR * least)]
+        return good[len(good) // 2]
 
     @property
     def agrees(self) -> bool:

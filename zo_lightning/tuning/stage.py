@@ -95,7 +95,7 @@ class Stage:
         factor: float = 1.0,
         estimator: GradientEstimator | None = None,
         told: Callable[[], Any] = lambda: None,
-        limit: float = math.inf,
+        start: float = math.inf,
     ) -> list[float]:
         """Train on the first batches, and look at the losses of the others; a run that diverges is looked at no more.
 
@@ -107,12 +107,12 @@ class Stage:
             factor: all learning rates are multiplied by.
             estimator: in the place of the module's; None leaves that.
             told: called after each batch.
-            limit: where the mean loss of five batches is above it, a training diverges.
+            start: the size of the losses before training: where five batches have five times that, it diverges.
 
         Returns:
             What the looks gave; nothing where training diverged.
         """
-        turn = Turn(look, steps, told, limit)
+        turn = Turn(look, steps, told, start)
         try:
             self._fit([turn], Batches(batches), (steps, factor), estimator or self.estimator)
         except TrainingDiverged:

@@ -29,8 +29,6 @@ _SLOPES = 8
 """Slopes for each of them, at least."""
 _FEWEST = 60
 """Batches of a trial of even the shortest run: fewer tell nothing."""
-_HOPELESS = 4
-"""Times the loss at the start: one that has grown by that much ends a trial, as in Lightning's ``lr_find``."""
 
 
 def tune(
@@ -101,12 +99,12 @@ class _Search:
                 estimator, mu = self._with_best(estimator, scan)
             at_start = stage.run(held_out, _ask, told=bar.update)
             start = fmean(at_start) if at_start else math.inf
-            limit = max(at_start, default=math.inf) + _HOPELESS * max(map(abs, at_start), default=math.inf)
+            size = max(map(abs, at_start), default=math.inf)
             base = stage.rates[0]
 
             def train(lr: float, steps: int) -> float:
                 lot = list(islice(cycle(training), steps))
-                losses = stage.run([*lot, *held_out], _ask, steps, lr / base, estimator, bar.update, limit)
+                losses = stage.run([*lot, *held_out], _ask, steps, lr / base, estimator, bar.update, size)
                 return fmean(losses) if losses and all(map(math.isfinite, losses)) else math.inf
 
             trials = rates.sweep(train, self.steps)

@@ -20,6 +20,8 @@ Look = Callable[[TrainingStep], float | None]
 
 _LATEST = 5
 """Batches whose mean loss tells that a training diverges: that of one may be large by chance."""
+_HOPELESS = 5
+"""Times the loss at the start from which on a training is given up, about as in Lightning's ``lr_find``."""
 
 
 class Batches:
@@ -66,8 +68,8 @@ class Turn(Callback):
     ask: Callable[..., Any]
     arity: int | None
 
-    def __init__(self, look: Look, steps: int, told: Callable[[], Any], limit: float) -> None:
-        self.look, self.steps, self.told, self.limit = look, steps, told, limit
+    def __init__(self, look: Look, steps: int, told: Callable[[], Any], start: float) -> None:
+        self.look, self.steps, self.told, self.start = look, steps, told, start
         self.seen: list[float] = []
         self.trained = self.looked = 0
         self._latest: deque[float] = deque(maxlen=_LATEST)
@@ -94,8 +96,11 @@ class Turn(Callback):
         vars(pl_module).pop("training_step", None)
 
     def _check(self, loss: float) -> None:
+        """Raise TrainingDiverged where the loss, which an estimator gives for displaced weights, has grown by far."""
+        if self.trained == 1:
+            self.start = max(self.start, abs(loss))
         self._latest.append(loss)
-        if len(self._latest) == _LATEST and sum(self._latest) / _LATEST > self.limit:
+        if len(self._latest) == _LATEST and sum(self._latest) / _LATEST > _HOPELESS * self.start:
             raise TrainingDiverged
 
     def _looked(self, module: LightningModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
