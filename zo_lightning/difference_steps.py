@@ -11,8 +11,8 @@ RATIO = math.sqrt(10)
 GRID = tuple(float(f"{10 ** (k / 2):.2g}") for k in range(-12, 2))
 """From 1e-6 to 3.2."""
 
-_GOOD = 1e-2
-"""A relative error of slopes that no training notices: along one direction of many, chance makes far larger ones."""
+_GOOD = 0.1
+"""A relative error of slopes that no training notices: that of the few directions of an estimate is far larger."""
 _NEAR = 1.25
 _AGREE = 0.5
 
@@ -75,16 +75,15 @@ class StepScan:
 
     @property
     def best(self) -> float | None:
-        """The middle of the steps whose error is at most 1 %, or else near the smallest; None where all are infinite.
+        """One of the steps whose error is at most 10 %, or else near the smallest; None where all are infinite.
 
-        The middle, as both errors grow while a net is trained: slopes get smaller, and rounding does not; and valleys
-        get narrower.
+        Three quarters up: slopes get smaller while a net is trained, and rounding does not.
         """
         errors = self.errors
         if not math.isfinite(least := min(errors)):
             return None
         good = [step for step, error in zip(self.grid, errors, strict=True) if error <= max(_GOOD, _NEAR * least)]
-        return good[len(good) // 2]
+        return good[3 * len(good) // 4]
 
     @property
     def agrees(self) -> bool:
