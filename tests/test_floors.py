@@ -11,6 +11,7 @@ FLOORS = {
     "counter": -1,
     "directions": 0,
     "stencils": 0,
+    "shaping": 0,
     "costs": 0,
     "parameters": -1,
     "random_states": -1,

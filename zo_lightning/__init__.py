@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from zo_lightning.nets import ScalableCNN, SmallCNN
     from zo_lightning.objective import NonFiniteLoss, Objective
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
+    from zo_lightning.shaping import CentredRanks, Shaping, Standardised
     from zo_lightning.stencils import CentralDifference, ForwardDifference, Stencil
     from zo_lightning.tuning import Suggestion, tune
 
@@ -63,6 +64,7 @@ _HOMES = {
     "nets": ("ScalableCNN", "SmallCNN"),
     "objective": ("NonFiniteLoss", "Objective"),
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
+    "shaping": ("CentredRanks", "Shaping", "Standardised"),
     "stencils": ("CentralDifference", "ForwardDifference", "Stencil"),
     "tuning": ("Suggestion", "tune"),
 }
@@ -78,6 +80,7 @@ __all__ = [
     "BlackBox",
     "BlackBoxLoss",
     "CentralDifference",
+    "CentredRanks",
     "Classifier",
     "Coordinate",
     "Directions",
@@ -101,9 +104,11 @@ __all__ = [
     "Regressor",
     "Result",
     "ScalableCNN",
+    "Shaping",
     "SignSGD",
     "SmallCNN",
     "Sphere",
+    "Standardised",
     "Stencil",
     "Suggestion",
     "TrainingDiverged",
