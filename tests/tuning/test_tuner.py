@@ -291,6 +291,17 @@ def test_rate_among_the_hyperparameters_is_set() -> None:
     assert module.hparams["learning_rate"] == pytest.approx(suggestion.lr)
 
 
+def test_ranks_of_losses_have_the_mu_of_losses() -> None:
+    scans = []
+    for shaping in (None, zo.CentredRanks()):
+        torch.manual_seed(0)
+        estimator = zo.ZerothOrder(samples=4, seed=0, shaping=shaping)
+        suggestion = zo.tune(Halved(), loader(), estimator=estimator, steps=4, progress=False)
+        assert suggestion.estimator == estimator.with_mu(suggestion.mu or 0)
+        scans.append(suggestion.scan)
+    assert scans[0] == scans[1] is not None
+
+
 def test_lean_slopes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     scans = []
     for large in (10**9, 1):

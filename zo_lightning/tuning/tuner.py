@@ -1,6 +1,7 @@
 """The search: batches, then mu, then the learning rate."""
 
 import math
+from dataclasses import replace
 from itertools import count, cycle, islice
 from statistics import fmean
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from zo_lightning.difference_steps import StepScan
-from zo_lightning.estimators import GradientEstimator
+from zo_lightning.estimators import GradientEstimator, ZerothOrder
 from zo_lightning.modules.memory import LARGE
 from zo_lightning.modules.training_step import TrainingStep
 from zo_lightning.objective import NonFiniteLoss
@@ -125,6 +126,8 @@ class _Search:
     def _scan(self, estimator: GradientEstimator, batches: list[Any], told: Any) -> StepScan:
         """Slopes at all steps of the grid, along the same directions, on each of the batches."""
         scan, module, numbers = StepScan(), self.stage.module, count()
+        if isinstance(estimator, ZerothOrder):
+            estimator = replace(estimator, shaping=None)  # slopes of ranks do not tend to anything
 
         def look(objective: TrainingStep) -> None:
             slopes = 0
