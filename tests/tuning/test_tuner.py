@@ -11,6 +11,7 @@ import pytest
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -388,6 +389,33 @@ def test_black_box() -> None:
 
     suggestion = zo.tune(Box(0.0), loader(), estimator=zo.ZerothOrder(seed=0), steps=40, progress=False)
     assert min(trial.loss for trial in suggestion.trials) < 0.5 * suggestion.start
+
+
+def test_a_metric_as_the_loss_is_trained() -> None:
+    """F1 of one in four, of docs/black_boxes.md: constant between jumps, and 0.19 before training there."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 5)
+    y = (x[:, 0] + x[:, 1] > 1).long()
+
+    class Metric(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.f1, self.lr = nn.Linear(5, 2), 0.0, 1e-4
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.f1 = float(f1_score(batch[1].numpy(), self.net(batch[0]).argmax(1).numpy()))
+            return torch.tensor(1 - self.f1)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+    module, data = Metric(), DataLoader(TensorDataset(x, y), batch_size=200)
+    trainer = quiet(max_epochs=60, callbacks=[zo.GradientFree(zo.ZerothOrder(samples=4, seed=0))])
+    suggestion = zo.tune(module, data, trainer, steps=40, progress=False)
+    assert suggestion.mu is not None and 0.03 <= suggestion.mu <= 1
+    suggestion.apply(module, trainer)
+    trainer.fit(module, data)
+    assert module.f1 > 0.8
 
 
 def test_slopes_of_examples() -> None:

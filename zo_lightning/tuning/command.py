@@ -33,7 +33,8 @@ def tune_command(words: list[str], prepare: Callable[[Sequence[str]], Any]) -> i
         made = prepare(words)
         if made.options.get("ckpt_path") is not None:
             raise UserError("ckpt_path: tune looks for where a run begins; --init_from begins one with given weights")
-        suggestion = tune(made.model, made.datamodule, made.trainer)
+        shows = None if made.trainer.progress_bar_callback is not None else False
+        suggestion = tune(made.model, made.datamodule, made.trainer, progress=shows)
     except KeyboardInterrupt:
         print("\nzo-lightning: tune was stopped: nothing is written", file=sys.stderr)
         return 130
