@@ -189,8 +189,8 @@ class TestConfiguration:
         assert printed_config(capsys, "")["trainer"]["max_epochs"] == 7
         assert printed_config(capsys, "--trainer.max_epochs 9")["trainer"]["max_epochs"] == 9
 
-    def test_help_lists_options_and_environment_variables(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli("fit --help") == 0
+    def test_the_whole_help_lists_options_and_environment_variables(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli("fit --help.all") == 0
         printed = capsys.readouterr().out
         for option in ("--model.estimator ", "--model.optimizer ", "--model.net ", "--data ", "--trainer.max_epochs "):
             assert option in printed

@@ -74,6 +74,12 @@ def test_two_numbers_a_picture_and_how_to_go_on(tmp_path: Path, capsys: pytest.C
     assert printed["estimator"]["init_args"]["stencil"]["init_args"]["mu"] == given
 
 
+def test_help_is_that_of_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("zo-lightning tune: find mu and the learning rate") and "--model.optimizer.lr" in out
+
+
 def test_anybodys_module(tmp_path: Path) -> None:
     assert main(["tune", *FOREIGN]) == 0
     changed = yaml.safe_load((tmp_path / "lightning_logs/version_0/tune.yaml").read_text())

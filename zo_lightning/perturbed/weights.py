@@ -24,16 +24,16 @@ class Weights(Sequence[nn.Parameter]):
     Attributes:
         names: of the weights, in their order.
         params: the weights.
-        frozen: whether the module also has weights that do not require a gradient.
         still: by position, a row that no direction moves, since no use of it is trained: an embedding's padding.
         opaque: positions of weights that compiled code or TorchScript reads, where no pass can be displaced.
+        frozen: whether the module also has weights that do not require a gradient.
     """
 
     names: list[str]
     params: list[nn.Parameter]
-    frozen: bool = False
     still: dict[int, int] = field(default_factory=dict)
     opaque: frozenset[int] = frozenset()
+    frozen: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> "Weights":
@@ -67,11 +67,11 @@ class Weights(Sequence[nn.Parameter]):
             kind = type(module).__name__
             raise ValueError(f"{kind} has no parameter with requires_grad=True: there is nothing to train")
         if not padded and not opaque:
-            return cls(names, params, frozen)
+            return cls(names, params, frozen=frozen)
         positions = {id(p): position for position, p in enumerate(params)}
         # A weight that another layer shares is trained there, the padding row too.
         still = {positions[i]: row for i, row in padded if i in positions and owners[i] == 1}
-        return cls(names, params, frozen, still, frozenset(positions[i] for i in opaque if i in positions))
+        return cls(names, params, still, frozenset(positions[i] for i in opaque if i in positions), frozen)
 
     @cached_property
     def kinds(self) -> list[tuple[Any, ...]]:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from zo_lightning.cli_errors import UserError
 from zo_lightning.runs import own_folder
 from zo_lightning.tuning.overlay import as_yaml, overlay
 from zo_lightning.tuning.suggestion import Suggestion
 from zo_lightning.tuning.tuner import tune
+from zo_lightning.user_errors import UserError
 
-COMMANDS = {"tune": "find mu and the learning rate of what `fit` would train with the same options, by measuring both"}
 YAML, PICTURE = "tune.yaml", "tune.png"
 
 
@@ -27,8 +26,6 @@ def tune_command(words: list[str], prepare: Callable[[Sequence[str]], Any]) -> i
     Raises:
         UserError: the words name a run to go on with, or are not those of ``fit``.
     """
-    if {"-h", "--help"} & set(words):
-        print(f"zo-lightning tune: {COMMANDS['tune']}. It takes the options of `fit`:\n")
     try:
         made = prepare(words)
         if made.options.get("ckpt_path") is not None:
