@@ -21,6 +21,7 @@ class Lit(LightningModule):
         self.lr = lr
         self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 1))
         self.mean = MeanMetric()
+        self.register_buffer("expanded", torch.ones(1).expand(5))
         self.seen: list[float] = []
         self._count = 0
         self.moving = torch.zeros(1)

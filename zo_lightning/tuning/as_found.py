@@ -48,7 +48,8 @@ class AsFound:
         with torch.no_grad():
             for tensor, memory, numbers in self._tensors:
                 tensor.data = memory
-                memory.copy_(numbers)
+                if not torch.equal(memory, numbers):  # else it may be an expanded one, which cannot be written into
+                    memory.copy_(numbers)
         for p, grad, requires_grad in self._parameters:
             p.grad = grad
             p.requires_grad_(requires_grad)
