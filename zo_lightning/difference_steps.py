@@ -13,7 +13,6 @@ GRID = tuple(float(f"{10 ** (k / 2):.2g}") for k in range(-12, 2))
 
 _GOOD = 0.1
 """A relative error of slopes that no training notices: that of the few directions of an estimate is far larger."""
-_NEAR = 1.25
 _AGREE = 0.5
 
 
@@ -75,14 +74,14 @@ class StepScan:
 
     @property
     def best(self) -> float | None:
-        """One of the steps whose error is at most 10 %, or else near the smallest; None where all are infinite.
+        """One of the steps whose error is at most 10 %, or else that of the smallest; None where all are infinite.
 
         Three quarters up: slopes get smaller while a net is trained, and rounding does not.
         """
         errors = self.errors
         if not math.isfinite(least := min(errors)):
             return None
-        good = [step for step, error in zip(self.grid, errors, strict=True) if error <= max(_GOOD, _NEAR * least)]
+        good = [step for step, error in zip(self.grid, errors, strict=True) if error <= max(_GOOD, least)]
         return good[3 * len(good) // 4]
 
     @property
