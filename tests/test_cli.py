@@ -90,6 +90,7 @@ class TestRuns:
         trained: Path,
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
+        recwarn: pytest.WarningsRecorder,
         subcommand: str,
         metric: str,
         words: str,
@@ -99,6 +100,8 @@ class TestRuns:
         printed = capsys.readouterr()
         assert metric in printed.out
         assert "untrained" not in printed.err
+        theirs = [str(warning.message) for warning in recwarn if "Jsonargparse" not in warning.category.__name__]
+        assert theirs == []  # nothing that the user could mend
 
     @pytest.mark.parametrize(
         "words", [f"{CONFIG} {LAST}", f"{LAST} {CONFIG}"], ids=["config-first", "checkpoint-first"]

@@ -124,9 +124,17 @@ def test_what_is_wrong_is_named(words: str, message: str) -> None:
         check_options(words.split())
 
 
-def test_a_section_of_a_configuration_is_named_at_once(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("modle: {net: SmallCNN}\ntrainer: {max_epochs: 3}\n")
-    with pytest.raises(UserError, match=r"mine\.yaml: unknown key 'modle' \(did you mean model\?\)$"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: {net: SmallCNN}", r"unknown key 'modle' \(did you mean model\?\)"),
+        ("trainer: {max_epoch: 3}", r"unknown key 'trainer\.max_epoch' \(did you mean trainer\.max_epochs\?\)"),
+        ("model: {estimtor: Backprop}", r"unknown key 'model\.estimtor' \(did you mean model\.estimator\?\)"),
+    ],
+)
+def test_a_key_of_a_configuration_is_named_at_once(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(f"{text}\nseed_everything: 3\n")
+    with pytest.raises(UserError, match=rf"mine\.yaml: {message}$"):
         check_options(["fit", "-c", str(tmp_path / "mine.yaml")])
 
 

@@ -79,9 +79,11 @@ def check_options(words: Sequence[str]) -> None:
         shown = word if "=" in word or value.startswith("--") else f"{word} {value}".rstrip()
         raise UserError(f"unknown argument {shown}{nearest_option(name, [f'--{one}' for one in sorted(known)])}")
     for path in filter(lambda path: Path(path).is_file(), _files(words)):
-        config = yaml.safe_load(read_text(Path(path)))
-        if unknown := [key for key in config if key not in tops] if isinstance(config, dict) else []:
-            raise UserError(f"{path}: unknown key '{unknown[0]}'{nearest(str(unknown[0]), sorted(tops))}")
+        for key in _keys(yaml.safe_load(read_text(Path(path)))):
+            top, _, inner = key.partition(".")
+            checked = inner and (top in SECTIONS or (top == "model" and not foreign))
+            if top not in tops or (checked and key not in known):
+                raise UserError(f"{path}: unknown key '{key}'{nearest(key, sorted(known))}")
 
 
 def options(command: str, foreign: bool = False) -> set[str]:
@@ -131,6 +133,13 @@ def _files(words: Sequence[str]) -> Iterator[str]:
         name, _, value = word.partition("=")
         if name in ("-c", "--config"):
             yield value or then
+
+
+def _keys(config: Any) -> Iterator[str]:
+    """The keys of a configuration's first two levels, dotted."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        yield str(key)
+        yield from (f"{key}.{inner}" for inner in value) if isinstance(value, dict) else ()
 
 
 def _names_model(path: str) -> bool:

@@ -127,7 +127,7 @@ def _print_plan(study: Study, folder: Path, sizes: dict[str, int], seconds: dict
 
 
 class _Progress:
-    """A bar over cells, with the time left by how long the like of them took."""
+    """A bar over cells, with the time left by how long the like of them took; where no terminal is, a line per cell."""
 
     def __init__(self, cells: list[Cell], folder: Path, jobs: int) -> None:
         self.left: dict[Path, Cell] = {}
@@ -144,7 +144,8 @@ class _Progress:
         from tqdm import tqdm
 
         form = "{n_fmt}/{total_fmt} cells |{bar}| {elapsed} so far{postfix}"
-        self.bar = tqdm(total=self.total, initial=self.total - len(self.left), bar_format=form, unit="cell")
+        done = self.total - len(self.left)
+        self.bar = tqdm(total=self.total, initial=done, bar_format=form, unit="cell", disable=None)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -158,7 +159,11 @@ class _Progress:
             self.seconds[cell.method, cell.net].append(outcome.seconds)
         else:
             self.bar.write(f"failed: {cell}: {outcome.error}", file=sys.stderr)
-        self.bar.set_postfix_str(f"about {duration(self._seconds_left())} left", refresh=False)
+        left = f"about {duration(self._seconds_left())} left"
+        if self.bar.disable:
+            done = self.total - len(self.left)
+            print(f"{done} of {self.total} cells: {cell}, {duration(outcome.seconds)}; {left}", file=sys.stderr)
+        self.bar.set_postfix_str(left, refresh=False)
         self.bar.update()
 
     def _seconds_left(self) -> float:
