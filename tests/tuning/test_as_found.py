@@ -142,3 +142,19 @@ def test_a_compiled_module_is_tuned_as_it_was_before() -> None:
 def test_steps_are_a_whole_number(steps: Any) -> None:
     with pytest.raises(ValueError, match=f"whole number of at least 4, got {steps}"):
         zo.tune(Halved(), loader(), steps=steps)
+
+
+def test_an_lr_of_none_is_passed_over() -> None:
+    class Named(Halved):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr = None  # type: ignore[assignment]
+            self.learning_rate = 2e-3
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+
+    module = Named()
+    suggestion = tuned(module, loader())
+    suggestion.apply(module)
+    assert module.lr is None and module.learning_rate == pytest.approx(suggestion.lr)

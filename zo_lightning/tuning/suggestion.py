@@ -55,14 +55,13 @@ class Suggestion:
         Raises:
             MisconfigurationException: the module has none of these; nothing has been set.
         """
-        owner = module if any(isinstance(getattr(module, name, None), int | float) for name in _ATTRIBUTES) else None
-        owner = owner or (module.hparams if any(name in module.hparams for name in _ATTRIBUTES) else None)
+        owners = ((one, name) for one in (module, module.hparams) for name in _ATTRIBUTES)
+        place = next((place for place in owners if isinstance(getattr(*place, None), int | float)), None)
         makes: Any = getattr(module, "optimizer", None)
         if callable(makes):
             module.optimizer = _scaled(makes, self.factor)  # type: ignore[assignment]
-        elif owner is not None:
-            name = next(name for name in _ATTRIBUTES if hasattr(owner, name))
-            setattr(owner, name, getattr(owner, name) * self.factor)
+        elif place is not None:
+            setattr(*place, getattr(*place) * self.factor)
         else:
             raise MisconfigurationException(
                 f"{type(module).__name__} has neither lr nor learning_rate: multiply the learning rates in "
