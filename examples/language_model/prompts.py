@@ -23,7 +23,14 @@ def read(root: str = "data") -> dict[str, list[tuple[str, int]]]:
     lines = {y: Path(root, "rt_polarity", name).read_text(encoding="latin-1").split("\n") for y, name in names}
     rows = [(" " + line.strip(), y) for y in lines for line in lines[y] if line.strip()]
     random.Random(0).shuffle(rows)
-    return {"test": rows[:1066], "val": rows[1066:2132], "pretraining": rows[2132:6397], "train": rows[6397:]}
+    tenth, middle = len(rows) // 10, (2 * (len(rows) // 10) + len(rows)) // 2
+    bounds = {
+        "test": (0, tenth),
+        "val": (tenth, 2 * tenth),
+        "pretraining": (2 * tenth, middle),
+        "train": (middle, None),
+    }
+    return {part: rows[slice(*bound)] for part, bound in bounds.items()}
 
 
 def encode(tokenizer: Any, rows: list[tuple[str, int]], prompt: str, length: int) -> TensorDataset:
