@@ -45,14 +45,14 @@ MANY = zo.ZerothOrder(stencil=zo.ForwardDifference(), evaluation=zo.Batched(), s
 SGD, ADAM = torch.optim.SGD, torch.optim.AdamW
 HEADS = ("*.attn.*",)
 METHODS = {
-    "all weights: MeZO, lean": Method(MEZO, SGD, 1e-3, 500, memory="lean"),
-    "all weights: 16 directions": Method(MANY, zo.NormalizedSGD, 2e-3, 60),
-    "all weights: PerExample": Method(zo.PerExample(), ADAM, 1e-3, 120),
-    "all weights: backpropagation": Method(zo.Backprop(), ADAM, 1e-3, 200),
-    "LoRA: 16 directions": Method(MANY, zo.NormalizedSGD, 4e-3, 60, lora=4),
-    "LoRA: backpropagation": Method(zo.Backprop(), ADAM, 4e-3, 200, lora=4),
-    "attention: 16 directions": Method(MANY, zo.NormalizedSGD, 4e-3, 60, trained=HEADS),
-    "attention: backpropagation": Method(zo.Backprop(), ADAM, 2e-3, 200, trained=HEADS),
+    "all weights: MeZO, lean": Method(MEZO, SGD, 3e-4, 1500, memory="lean"),
+    "all weights: 16 directions": Method(MANY, zo.NormalizedSGD, 6e-3, 60),
+    "all weights: PerExample": Method(zo.PerExample(correction=0.1), ADAM, 3e-3, 520),
+    "all weights: backpropagation": Method(zo.Backprop(), ADAM, 3e-3, 200),
+    "LoRA: 16 directions": Method(MANY, zo.NormalizedSGD, 1.2e-2, 60, lora=4),
+    "LoRA: backpropagation": Method(zo.Backprop(), ADAM, 1.2e-2, 200, lora=4),
+    "attention: 16 directions": Method(MANY, zo.NormalizedSGD, 1.2e-2, 60, trained=HEADS),
+    "attention: backpropagation": Method(zo.Backprop(), ADAM, 6e-3, 200, trained=HEADS),
 }
 
 
@@ -134,9 +134,9 @@ def main() -> None:
                 print(*result, flush=True)
                 if not (options.rates or options.smoke):
                     record(RESULTS, result)
-    if options.rates or options.smoke:
+    if options.smoke:
         print(table(made))
-    else:
+    elif not options.rates:
         print(table(read(RESULTS)))
         draw(read(RESULTS), RESULTS.with_suffix(".png"))
 
