@@ -17,10 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from examples.language_model.methods import QUIET
 from examples.language_model.prompts import PROMPT, WORDS, LitPrompt, Reviews, encode, read
 
 OTHER, ANSWERS = " worth it ?", (" no", " yes")
-QUIET: Any = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 
 
 def tokenizer_of(texts: list[str], size: int) -> PreTrainedTokenizerFast:
