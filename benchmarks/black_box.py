@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from zo_lightning import NormalizedSGD, ScalableCNN
+from zo_lightning import CentredRanks, NormalizedSGD, ScalableCNN
 from zo_lightning.costs import FlopMeter
 from zo_lightning.data import MNIST
 
@@ -112,6 +112,13 @@ def standardised(f: BlackBox, q: int) -> Tensor:
     return slopes @ u / slopes.std().clamp_min(1e-12)
 
 
+def ranks(f: BlackBox, q: int) -> Tensor:
+    """Signs, and the ranks of the losses in the place of the losses (Salimans et al. 2017)."""
+    u = torch.randint(2, (q, f.d), generator=f.random).float() * 2 - 1
+    shaped = CentredRanks().shaped([(0.0, slope) for slope in f.slopes(u).tolist()])
+    return torch.tensor([moved - here for here, moved in shaped]) @ u
+
+
 def guided(f: BlackBox, q: int, share: float) -> Tensor:
     """Normal directions with a share of their variance along the momentum (Guided ES, Maheswaranathan et al. 2019)."""
     u = f.normal(q) * math.sqrt(1 - share)
@@ -183,6 +190,7 @@ WAYS = {
     "orthogonal": Way(orthogonal),
     "projection": Way(projection),
     "standardised": Way(standardised),
+    "ranks": Way(ranks),
     "guided-0.1": Way(partial(guided, share=0.1)),
     "guided-0.5": Way(partial(guided, share=0.5)),
     "momentum-first": Way(momentum_first),

@@ -19,15 +19,13 @@ from torch.nn import functional as F
 
 from zo_lightning import Backprop, GradientEstimator, ScalableCNN, Sphere, ZerothOrder
 from zo_lightning.costs import count_flops
+from zo_lightning.palette import COLOURS
 from zo_lightning.study.results import published
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's, for every kind of colour vision
-
 
 AXES = {
     "flops": "floating-point operations of training",
@@ -66,7 +64,7 @@ def draw_published(axes: Axes, d: int, against: str) -> None:
     table = published()
     for method, estimator, passes, grey in (
         ("FO-AdaMM", Backprop(), 3 * 469, "black"),
-        ("ZO-AdaMM", ZerothOrder(Sphere()), 2 * 469, "grey"),
+        ("ZO-AdaMM", ZerothOrder(Sphere()), 2 * 469, "dimgrey"),
     ):
         rows = table[(table["method"] == method) & (table["d"] == d)]
         epoch = passes if against == "forward_passes" else flops_of_an_epoch(estimator, rows["scale"].iloc[0])

@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -47,6 +47,7 @@ from zo_lightning import (
 )
 from zo_lightning.costs import count_flops
 from zo_lightning.data import MNIST, Digits
+from zo_lightning.palette import COLOURS, MARKERS
 
 
 class Method(NamedTuple):
@@ -96,8 +97,6 @@ NETS: dict[str, Callable[[], torch.nn.Module]] = {
     "mnist-169k": lambda: ScalableCNN(12.33),
     "mnist-2.8M": lambda: ScalableCNN(119.88888888888889),
 }
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's
-MARKERS = "osv^DPX*"
 COLUMNS = ("net", "method", "budget", "seed", "accuracy", "flops", "seconds")
 Key = tuple[str, str, int, int]
 Table = dict[Key, Outcome]
@@ -214,52 +213,78 @@ def _cells(rows: list[Outcome]) -> str:
 
 
 def draw(known: Table, output: Path) -> None:
-    """Draw accuracy against floating-point operations, one panel per net, from the lowest seed to the highest.
-
-    Methods are moved by up to 4 %, or the bars of those with equal cost would hide each other.
-    """
+    """Draw the accuracies, one panel per net: against operations, or of one budget by method; bars: all seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     groups = grouped({key: row for key, row in known.items() if row.flops})
-    figure, panels = plt.subplots(
-        1,
-        len(groups),
-        figsize=(4.6 * len(groups) + 2.6, 4.2),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
+    columns = min(2, len(groups))
+    rows = -(-(len(groups) + 1) // columns)  # the last place is the legend's
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 3.7 * rows), sharey=True, squeeze=False, layout="constrained"
     )
-    for axes, (net, by_method) in zip(panels[0], groups.items(), strict=True):
-        for index, (name, colour, marker) in enumerate(zip(METHODS, COLOURS, MARKERS, strict=True)):
-            by_budget = by_method.get(name, {}).values()
-            if not by_budget:
-                continue
-            beside = 1.01 ** (index - len(METHODS) / 2)
-            spent = [beside * mean(row.flops or 0 for row in rows) for rows in by_budget]
-            accuracies = [[row.accuracy for row in rows] for rows in by_budget]
-            middle = [mean(values) for values in accuracies]
-            errors = [
-                [m - min(values) for m, values in zip(middle, accuracies, strict=True)],
-                [max(values) - m for m, values in zip(middle, accuracies, strict=True)],
-            ]
-            axes.errorbar(spent, middle, errors, color=colour, marker=marker, capsize=3, label=name)
-        budgets = " and ".join(f"{b:,}" for b in sorted({b for by_budget in by_method.values() for b in by_budget}))
-        axes.set(xscale="log", title=f"{net}, after {budgets} passes of 128", ylim=(0, 1))
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+    panels = list(grid.ravel())
+    styles = dict(zip(METHODS, zip(COLOURS, MARKERS, strict=True), strict=True))
+    for axes, (net, by_method) in zip(panels, groups.items(), strict=False):
+        budgets = sorted({budget for by_budget in by_method.values() for budget in by_budget})
+        axes.set(title=f"{net}, after {' and '.join(f'{b:,}' for b in budgets)} passes of 128", ylim=(0, 1))
+        axes.set_ylabel("test accuracy")
+        axes.tick_params(labelleft=True)
         axes.grid(alpha=0.3)
-    figure.supxlabel("floating-point operations of training", fontsize="medium")
-    panels[0][0].set_ylabel("test accuracy")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center")
+        (_by_method if len(budgets) == 1 else _against_operations)(axes, by_method, styles)
+    along = [axes for axes in panels[: len(groups)] if axes.get_xscale() == "log"]
+    if along:
+        ends = [axes.get_xlim() for axes in along]
+        for axes in along:
+            axes.set_xlim(min(low for low, _ in ends), max(high for _, high in ends))
+    handles = [plt.Line2D([], [], color=colour, marker=marker, label=name) for name, (colour, marker) in styles.items()]
+    for axes in panels[len(groups) :]:
+        axes.axis("off")
+    panels[len(groups)].legend(handles=handles, loc="center", frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=130)
+
+
+Styles = Mapping[str, tuple[str, str]]
+
+
+def _against_operations(axes: Any, by_method: dict[str, dict[int, list[Outcome]]], styles: Styles) -> None:
+    """Methods are moved by up to 4 %, or the bars of those with equal cost would hide each other."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    for index, (name, (colour, marker)) in enumerate(styles.items()):
+        if by_budget := by_method.get(name):
+            beside = 1.01 ** (index - len(styles) / 2)
+            spent = [beside * mean(row.flops or 0 for row in rows) for rows in by_budget.values()]
+            middle, errors = _middle(list(by_budget.values()))
+            axes.errorbar(spent, middle, errors, color=colour, marker=marker, capsize=3)
+    axes.set(xscale="log", xlabel="floating-point operations of training")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _by_method(axes: Any, by_method: dict[str, dict[int, list[Outcome]]], styles: Styles) -> None:
+    """One budget has no axis: a place for each method, and below it what it took."""
+    shown = [name for name in styles if by_method.get(name)]
+    for place, name in enumerate(shown):
+        [rows] = by_method[name].values()
+        colour, marker = styles[name]
+        middle, errors = _middle([rows])
+        axes.errorbar([place], middle, errors, color=colour, marker=marker, capsize=3, linestyle="")
+    operations = [mean(row.flops or 0 for rows in by_method[name].values() for row in rows) for name in shown]
+    axes.set_xticks(range(len(shown)), [f"{spent / 1e9:.0f} G" for spent in operations])
+    axes.set(xlim=(-0.5, len(shown) - 0.5), xlabel="floating-point operations of training, by method")
+
+
+def _middle(groups: list[list[Outcome]]) -> tuple[list[float], list[list[float]]]:
+    """The mean accuracy of each group, and how far its lowest and highest are below and above."""
+    found = [[row.accuracy for row in rows] for rows in groups]
+    middle = [mean(values) for values in found]
+    below = [m - min(values) for m, values in zip(middle, found, strict=True)]
+    return middle, [below, [max(values) - m for m, values in zip(middle, found, strict=True)]]
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from benchmarks import memory
 from benchmarks.step_cost import SGD, Step, Task, bare, lean, machine, ours, task
 from zo_lightning import Backprop, Batched, Rademacher, ScalableCNN, ZerothOrder
+from zo_lightning.palette import COLOURS, MARKERS
 
 BARE, EXACT, FULL, LEAN, MANY = (
     "bare forward passes",
@@ -37,7 +38,8 @@ BARE, EXACT, FULL, LEAN, MANY = (
     "zeroth order, lean",
     "Batched",
 )
-COLORS = {BARE: "0.4", EXACT: "C3", FULL: "C0", LEAN: "C2", MANY: "C1"}
+STYLES = {BARE: ("dimgrey", "")}
+STYLES |= dict(zip((EXACT, FULL, LEAN, MANY), zip(COLOURS, MARKERS, strict=True), strict=False))
 MEMORY = {BARE: "inference", EXACT: EXACT, FULL: FULL, LEAN: LEAN}
 SCALES = 1 / 9, 12.3333, 120 - 1 / 9, 730
 SAMPLES = 1, 4, 16, 32
@@ -121,7 +123,12 @@ def draw(curves: dict[str, Points], figure: Path) -> None:
     }
     for axis, (name, (title, x)) in zip(axes.flat, panels.items(), strict=True):
         panel(axis, curves[name], title, x)
-    axes[1, 0].legend(fontsize=8)
+    times = axes[0, 0], axes[1, 0], axes[1, 1]  # of one unit, so on one axis
+    low, high = zip(*(axis.get_ylim() for axis in times), strict=True)
+    for axis in times:
+        axis.set_ylim(min(low), max(high))
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     figure.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(figure, dpi=110)
 
@@ -129,8 +136,10 @@ def draw(curves: dict[str, Points], figure: Path) -> None:
 def panel(axis: Axes, points: Points, title: str, x: str) -> None:
     """One panel: bare passes dashed, the methods as lines."""
     for name, found in points.items():
-        style = {"ls": "--"} if name == BARE else {"marker": "o", "ms": 3}
-        axis.loglog(*zip(*found, strict=True), color=COLORS[name], label=name, **style)
+        colour, marker = STYLES.get(name, ("dimgrey", ""))
+        axis.loglog(
+            *zip(*found, strict=True), color=colour, marker=marker, ls="-" if marker else "--", label=name, ms=4
+        )
     axis.set(title=title, xlabel=x)
     axis.grid(alpha=0.3)
 

@@ -3,8 +3,9 @@
     python -m benchmarks.step_cost [--seconds 20] [--threads 2] [--clock wall] [--modes plain fit] [--json FILE]
 
 The denominator is the same batch twice through the same net under ``no_grad``, loss included. In the plain loop all
-methods take turns, a step each, so that the machine's moods meet all of them: the medians and quartiles are of the
-ratios within one turn. In ``Trainer.fit`` short trainings take turns. The peers: backpropagation with ``torch.optim``;
+methods take turns, so that the machine's moods meet all of them. A turn is ten steps, as training takes them, of which
+the first, that finds the processor's memory full of others' numbers, does not count: the medians and quartiles are of
+the ratios of turns. In ``Trainer.fit`` short trainings take turns. The peers: backpropagation with ``torch.optim``;
 MeZO, written from its paper (Malladi et al., *Fine-tuning language models with just forward passes*, 2023, algorithm
 1); and torchzero's finite differences, where torchzero is installed (``pip install -e .[bench]``). Beside the times
 stand a step's floating-point operations, in forward passes of the batch.
@@ -50,7 +51,7 @@ from zo_lightning.modules.classifier import AutomaticClassifier
 
 SCALES = 1 / 9, 12.3333, 120 - 1 / 9
 PACKAGES = "torch", "numpy", "pytorch-lightning", "torchzero"
-LR, MU = 1e-4, 1e-3
+LR, MU, TURN = 1e-4, 1e-3, 10
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 clock = CLOCKS["wall"]
 Step = Callable[[int], object]
@@ -197,8 +198,14 @@ def seconds(step: Step, index: int) -> float:
     return clock() - began
 
 
+def turn(step: Step, first: int) -> float:
+    """The seconds of a step, from some in a row."""
+    step(first)
+    return median(seconds(step, first + index) for index in range(1, TURN))
+
+
 def in_a_plain_loop(scale: float, batch: int, limit: float) -> dict[str, dict[str, Any]]:
-    """All methods in turns, a step each: milliseconds, and ratios over two bare passes of the same turn."""
+    """All methods in turns: milliseconds of a step, and ratios over two bare passes of the same turn."""
     steps: dict[str, Step] = {}
     for name, make in PLAIN.items():
         try:
@@ -211,10 +218,10 @@ def in_a_plain_loop(scale: float, batch: int, limit: float) -> dict[str, dict[st
     passes: list[float] = []
     began = time.perf_counter()
     while len(passes) < 5 or (time.perf_counter() - began < limit and len(passes) < 1000):
-        index = 10 + len(passes)
-        passes.append(seconds(both, index))
+        first = TURN * (1 + len(passes))
+        passes.append(turn(both, first))
         for name, step in steps.items():
-            times[name].append(seconds(step, index) / DIRECTIONS.get(name, 1))
+            times[name].append(turn(step, first) / DIRECTIONS.get(name, 1))
     return {
         name: {"ms": median(times[name]) * 1e3, "flops_in_passes": flops[name], **spread(times[name], passes)}
         for name in steps

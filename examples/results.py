@@ -7,12 +7,19 @@ One table of all.
 
 import argparse
 import csv
+import multiprocessing
+import sys
 import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from multiprocessing.pool import Pool
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from typing_extensions import Self
+
+_Job = TypeVar("_Job")
 
 
 class Result(NamedTuple):
@@ -67,6 +74,27 @@ def record(file: Path, result: Result) -> None:
         writer.writerow(Result._fields)
         for one in [*kept, result]:
             writer.writerow([f"{value:.5g}" if isinstance(value, float) else value for value in one])
+
+
+def train_all(train: Callable[[_Job], Result], jobs: Sequence[_Job], file: Path, apart: bool = True) -> list[Result]:
+    """Do one training after the other, each in a process of its own if ``apart``; the results are in the file, too."""
+    results = []
+    with _processes(train) if apart else nullcontext() as pool:
+        for result in pool.imap(train, jobs) if pool else map(train, jobs):
+            record(file, result)
+            print(table([result]).splitlines()[-1], flush=True)
+            results.append(result)
+    return results
+
+
+def _processes(train: Callable[..., Result]) -> Pool:
+    """One process after the other, with the libraries loaded beforehand where the system can fork."""
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    module = sys.modules[train.__module__].__spec__
+    if forks and module:
+        context.set_forkserver_preload([module.name])
+    return context.Pool(1, maxtasksperchild=1)
 
 
 def read(file: Path) -> list[Result]:

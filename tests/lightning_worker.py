@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning_fabric import Fabric
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -169,9 +170,10 @@ def dies(rank: int, name: str) -> str:
 
 
 def command_line(rank: int, words: str) -> tuple[int, str, str]:
-    """The exit code of ``zo-lightning``, and what it says."""
+    """The exit code of ``zo-lightning``, and what it says; where that is 0, no group of processes stays open."""
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
         code = main(words.split())
+    assert code or not dist.is_initialized()
     return code, out.getvalue(), errors.getvalue()
 
 

@@ -90,6 +90,7 @@ class TestRuns:
         trained: Path,
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
+        recwarn: pytest.WarningsRecorder,
         subcommand: str,
         metric: str,
         words: str,
@@ -99,6 +100,8 @@ class TestRuns:
         printed = capsys.readouterr()
         assert metric in printed.out
         assert "untrained" not in printed.err
+        theirs = [str(warning.message) for warning in recwarn if "Jsonargparse" not in warning.category.__name__]
+        assert theirs == []  # nothing that the user could mend
 
     @pytest.mark.parametrize(
         "words", [f"{CONFIG} {LAST}", f"{LAST} {CONFIG}"], ids=["config-first", "checkpoint-first"]
@@ -189,8 +192,8 @@ class TestConfiguration:
         assert printed_config(capsys, "")["trainer"]["max_epochs"] == 7
         assert printed_config(capsys, "--trainer.max_epochs 9")["trainer"]["max_epochs"] == 9
 
-    def test_help_lists_options_and_environment_variables(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli("fit --help") == 0
+    def test_the_whole_help_lists_options_and_environment_variables(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli("fit --help.all") == 0
         printed = capsys.readouterr().out
         for option in ("--model.estimator ", "--model.optimizer ", "--model.net ", "--data ", "--trainer.max_epochs "):
             assert option in printed

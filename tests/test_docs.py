@@ -1,7 +1,9 @@
 """README and documentation: their code is run, their command lines are parsed, and the reference is complete."""
 
+import builtins
 import re
 import shlex
+import symtable
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,9 +23,9 @@ from pytorch_lightning.loggers import CSVLogger
 import zo_lightning as zo
 from zo_lightning import callbacks, data
 from zo_lightning.cli import CLI
-from zo_lightning.cli_errors import CommandParser
 from zo_lightning.commands import main
 from zo_lightning.snapshots import write_snapshot
+from zo_lightning.user_errors import CommandParser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": ROOT / "README.md", **{page.name: page for page in sorted((ROOT / "docs").glob("*.md"))}}
@@ -33,26 +35,6 @@ ELSEWHERE = {"distributed.md": "tests/test_cli_processes.py, under torchrun"}
 
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page].read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-
-
-def a_loop() -> dict[str, Any]:
-    """A net with its data, which a page's reader has."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(8, 2)
-    x = torch.randn(16, 8)
-    y = (x.sum(1) > 0).long()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    return {"model": model, "x": x, "y": y, "batches": [(x, y)], "optimizer": optimizer, "step": 0}
-
-
-def imports() -> dict[str, Any]:
-    names: dict[str, Any] = {}
-    exec(
-        "import torch, zo_lightning as zo\nfrom pathlib import Path\nfrom torch.nn import functional as F\n"
-        "from pytorch_lightning import Trainer",
-        names,
-    )
-    return names
 
 
 def of_runs(_: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -101,14 +83,12 @@ def of_study(patched: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 GIVEN: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
-    "README.md": lambda _: {**a_loop(), "TheirLitNet": BoringModel},
-    "estimators.md": lambda _: a_loop(),
     "observe.md": of_snapshots,
     "runs.md": of_runs,
     "study.md": of_study,
     "your_data.md": of_pictures,
 }
-"""What the reader of a page has, beside the imports."""
+"""What the reader of a page has: data, runs, and what a comment of the page says."""
 
 PRINTED: dict[str, list[Callable[[list[str]], bool]]] = {
     "other_projects.md": [lambda words: words == ["4", "64"]],
@@ -137,7 +117,7 @@ def test_code_of_a_page_runs(
     printed = []
     with warnings.catch_warnings(), patch.dict("zo_lightning.perturbed.rules.RULES"):  # one page adds a rule
         warnings.simplefilter("ignore")
-        names = {"__name__": "page", **imports(), **GIVEN.get(page, lambda _: {})(monkeypatch)}
+        names = {"__name__": "page", **GIVEN.get(page, lambda _: {})(monkeypatch)}
         for block in blocks(page, "python"):
             capsys.readouterr()
             exec(compile(block, str(PAGES[page]), "exec"), names)
@@ -147,6 +127,34 @@ def test_code_of_a_page_runs(
     assert len(printed) == len(expected)
     for words, holds in zip(printed, expected, strict=True):
         assert holds(words), words
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_names_are_defined_or_explained(page: str) -> None:
+    """What a block uses is made by it or a block before it, or its comments say what it is."""
+    known = set(dir(builtins))
+    for block in blocks(page, "python"):
+        used, defined = names_of(block)
+        comments = " ".join(re.findall(r"#(.*)", block))
+        unknown = {name for name in used - defined - known if not re.search(rf"\b{name}\b", comments)}
+        assert not unknown, f"{page}: {', '.join(sorted(unknown))} in\n{block}"
+        known |= defined
+
+
+def names_of(block: str) -> tuple[set[str], set[str]]:
+    """The global names that code uses, and those that it makes."""
+    used, defined = set(), set()
+    tables = [top := symtable.symtable(block, "page", "exec")]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            made = symbol.is_assigned() or symbol.is_imported()
+            if table is top and made:
+                defined.add(symbol.get_name())
+            elif symbol.is_referenced() and (table is top or symbol.is_global()):
+                used.add(symbol.get_name())
+    return used, defined
 
 
 class _Parsed(Exception):

@@ -1,11 +1,12 @@
 """Results of the examples: kept once, read back, and put into a table."""
 
+import os
 from math import isnan, nan
 from pathlib import Path
 
 import torch
 
-from examples.results import Cost, Result, read, record, table
+from examples.results import Cost, Result, read, record, table, train_all
 
 
 def result(seed: int, after: float, method: str = "ZO") -> Result:
@@ -19,6 +20,19 @@ def test_a_result_replaces_the_one_of_the_same_training(tmp_path: Path) -> None:
     kept = read(file)
     assert [(one.seed, one.after, one.gflops) for one in kept] == [(2, 0.7, 12.5), (1, 0.9, 12.5)]
     assert isnan(kept[0].peak_mb)
+
+
+def in_process(seed: int) -> Result:
+    return result(seed, float(os.getpid()))
+
+
+def test_trainings_can_have_a_process_each(tmp_path: Path) -> None:
+    """That of an id is one of its own, and what it gives is kept as soon as it is there."""
+    here = train_all(in_process, [1, 2], tmp_path / "here.csv", apart=False)
+    apart = train_all(in_process, [1, 2], tmp_path / "apart.csv")
+    assert {one.after for one in here} == {os.getpid()}
+    assert len({one.after for one in apart} | {os.getpid()}) == 3
+    assert [one.seed for one in read(tmp_path / "apart.csv")] == [1, 2]
 
 
 def test_the_table_has_a_row_for_each_method() -> None:

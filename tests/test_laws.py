@@ -48,6 +48,7 @@ DIRECTIONS: dict[str, tuple[Directions, float]] = {
     "coordinate": (Coordinate(), D),
     "low_rank_1": (LowRank(rank=1), 9.0),
     "low_rank_2": (LowRank(rank=2), 6.0),
+    "low_rank_lazy": (LowRank(rank=1, every=3), 3 * 9.0),  # three steps share B: a third as many are independent
 }
 WEIGHT_SPACE: dict[str, Callable[[Directions, int], GradientEstimator]] = {
     "central": lambda u, q: ZerothOrder(u, CentralDifference(1e-3), samples=q, seed=0),

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from zo_lightning.__main__ import main
-from zo_lightning.cli_errors import UserError
 from zo_lightning.presets import CONFIGS, find, names, with_paths
+from zo_lightning.user_errors import UserError
 
 
 @pytest.mark.parametrize("name", ["estimator/backprop", "estimator/backprop.yaml", "configs/estimator/backprop.yaml"])

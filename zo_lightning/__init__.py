@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from zo_lightning.nets import ScalableCNN, SmallCNN
     from zo_lightning.objective import NonFiniteLoss, Objective
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
+    from zo_lightning.shaping import CentredRanks, Shaping, Standardised
     from zo_lightning.stencils import CentralDifference, ForwardDifference, Stencil
 
     __version__: str
@@ -62,6 +63,7 @@ _HOMES = {
     "nets": ("ScalableCNN", "SmallCNN"),
     "objective": ("NonFiniteLoss", "Objective"),
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
+    "shaping": ("CentredRanks", "Shaping", "Standardised"),
     "stencils": ("CentralDifference", "ForwardDifference", "Stencil"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -76,6 +78,7 @@ __all__ = [
     "BlackBox",
     "BlackBoxLoss",
     "CentralDifference",
+    "CentredRanks",
     "Classifier",
     "Coordinate",
     "Directions",
@@ -99,9 +102,11 @@ __all__ = [
     "Regressor",
     "Result",
     "ScalableCNN",
+    "Shaping",
     "SignSGD",
     "SmallCNN",
     "Sphere",
+    "Standardised",
     "Stencil",
     "TrainingDiverged",
     "WeightsDiverged",

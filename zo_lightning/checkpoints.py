@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zo_lightning.checkpoint_io import DamagedCheckpoint, load_checked
-from zo_lightning.cli_errors import UserError
 from zo_lightning.measures import mismatch
+from zo_lightning.user_errors import UserError
 
 
 def read_checkpoint(option: str, path: Any) -> dict[str, Any] | None:

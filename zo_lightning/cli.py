@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -14,43 +14,33 @@ from pytorch_lightning.cli import (
     LRSchedulerCallable,
     OptimizerCallable,
 )
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from zo_lightning.callbacks.exact_resume import ExactResume, saved_state
 from zo_lightning.callbacks.gradient_free import GradientFree
 from zo_lightning.callbacks.last_checkpoint import LastCheckpoint, telling_exit_code
 from zo_lightning.callbacks.predictions import WritePredictions
+from zo_lightning.callbacks.progress_bar import ProgressBar
 from zo_lightning.callbacks.trajectory_log import TrajectoryLog
 from zo_lightning.callbacks.weight_similarity import check_reference
 from zo_lightning.checkpoint_io import with_atomic_checkpoints
 from zo_lightning.checkpoints import check_complete, check_optimizer, check_weights, read_checkpoint
-from zo_lightning.cli_errors import UserError, check_net, innermost
-from zo_lightning.cli_parser import (
-    ENVIRONMENT,
-    Parser,
-    SaveConfig,
-    as_users_expect,
-    check_no_classifier,
-    defaults,
-    names_model,
-    num_classes,
-)
+from zo_lightning.cli_errors import check_net, innermost
+from zo_lightning.cli_parser import Parser, SaveConfig, as_users_expect, defaults, num_classes
 from zo_lightning.curves import continue_curves
 from zo_lightning.data import InMemoryDataModule
+from zo_lightning.distributed import ProcessLost, WeightsDiverged, tells_of_loss
 from zo_lightning.estimators import GradientEstimator
-from zo_lightning.modules import Classifier, EstimatedGradient
+from zo_lightning.modules import Classifier, EstimatedGradient, TrainingDiverged
 from zo_lightning.modules.configured import configured
 from zo_lightning.modules.driver import driver_of
-from zo_lightning.presets import COMMANDS as OF_PRESETS
 from zo_lightning.presets import with_paths
-from zo_lightning.replay.command import COMMANDS as OF_RUNS
 from zo_lightning.runs import find_checkpoint, named_folders, own_folder, settle_in
-from zo_lightning.study.command import COMMANDS as OF_STUDIES
 from zo_lightning.study.folder import FINISHED
+from zo_lightning.user_errors import UserError
+from zo_lightning.words import ENVIRONMENT, OTHERS, check_no_classifier, names_model
 
-COMMANDS = {**OF_STUDIES, **OF_RUNS, **OF_PRESETS}
-"""The subcommands that are not Lightning's, and what they do."""
-_OTHERS = "There are also " + ", ".join(f"`{name}` ({what})" for name, what in COMMANDS.items()) + "."
+_OTHERS = "There are also " + ", ".join(f"`{name}` ({what})" for name, what in OTHERS.items()) + "."
 
 
 class CLI(LightningCLI):
@@ -91,7 +81,7 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(TrajectoryLog, "trajectory_log")
-        parser.add_lightning_class_args(TQDMProgressBar, "progress_bar")
+        parser.add_lightning_class_args(ProgressBar, "progress_bar")
         parser.set_defaults(defaults(self.foreign))
         parser.add_argument(
             "--reference",
@@ -292,6 +282,14 @@ class CLI(LightningCLI):
             print(f"{driver.forward_passes:,} forward passes of a batch.")
         if self.trainer.logger is not None and folder is not None:
             print(f"The run is in {Path(folder)}; to see its curves: tensorboard --logdir {Path(folder).parent}")
+
+
+def exit_code_of(error: BaseException) -> int | None:
+    """The exit code of a run that ended so, with a message to print; None where it is a fault of the program."""
+    if isinstance(error, SIGTERMException):
+        return int(error.code or 143)
+    failed = isinstance(error, TrainingDiverged | WeightsDiverged | ProcessLost | MisconfigurationException)
+    return 1 if failed or (isinstance(error, RuntimeError) and tells_of_loss(error)) else None
 
 
 def fit(words: Sequence[str]) -> Trainer:

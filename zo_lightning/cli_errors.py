@@ -1,13 +1,8 @@
 """What a user reads when the command line or a configuration is wrong."""
 
-import argparse
 import copy
-import errno
 import inspect
 import re
-from collections.abc import Iterable
-from difflib import get_close_matches
-from typing import NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
@@ -20,6 +15,7 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.evaluation import Evaluation
 from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD  # noqa: F401  (subclasses)
 from zo_lightning.stencils import Stencil
+from zo_lightning.user_errors import ELSEWHERE_CALLED, UserError, nearest, nearest_option
 
 BASES: dict[str, type] = {
     "estimator": GradientEstimator,
@@ -34,10 +30,6 @@ BASES: dict[str, type] = {
 }
 
 
-_DISK = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "ENAMETOOLONG")
-DISK = {getattr(errno, name) for name in _DISK}
-"""What a full disk, a read-only one or a folder of somebody else's is to the system: no bug, so no traceback."""
-
 _PLACES = {
     "data": "data",
     "optimizer": "model.optimizer",
@@ -50,30 +42,7 @@ _PLACES = {
 """Where a component stands in a configuration."""
 
 
-_ELSEWHERE_CALLED = {
-    "epochs": "max_epochs",
-    "gpus": "devices",
-    "learning_rate": "lr",
-    "num_epochs": "max_epochs",
-    "num_steps": "max_steps",
-    "q": "samples",
-    "steps": "max_steps",
-}
-"""What other libraries call options of ours."""
-
 _TYPES = {"float": "a number", "int": "a whole number", "bool": "true or false"}
-
-
-class UserError(Exception):
-    """A mistake in the command line, a configuration or the files it names: one or two lines, no traceback."""
-
-
-class CommandParser(argparse.ArgumentParser):
-    """The parser of a subcommand that is not Lightning's: mistakes are raised as ``UserError``."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ``UserError``."""
-        raise UserError(message)
 
 
 def explain_parsing(message: str, parser: ArgumentParser) -> str:
@@ -91,7 +60,7 @@ def explain_parsing(message: str, parser: ArgumentParser) -> str:
         name = _find(r"class_path='[^']*?(\w+)'", message)
         return f"{key}: {name or 'it'} needs {missing}"
     if name := _find(r"^Option '([^']+)' is not accepted|NestedArg\(key='([^']+)'", message):
-        called = _ELSEWHERE_CALLED.get(name, name)
+        called = ELSEWHERE_CALLED.get(name, name)
         return f"unknown option '{name}'{_elsewhere(called) or nearest(name, _component_options())}"
     if reason := _find(r"^\s*- (unknown option .*)$", message):  # of one class in a list, already explained
         return reason
@@ -99,7 +68,7 @@ def explain_parsing(message: str, parser: ArgumentParser) -> str:
         return _unknown_key(name, parser)
     if name := _find(r"[Uu]nrecognized arguments: (.*)", message):
         options = [option for option in parser._option_string_actions if option.startswith("--")]
-        return f"unknown argument {name}{_nearest_option(name.split()[0].split('=')[0], options)}"
+        return f"unknown argument {name}{nearest_option(name.split()[0].split('=')[0], options)}"
     if match := re.search(r"callable class: (No module named .*?)\. Got value: .*class_path='([^']+)'", message):
         return f"{key}: cannot import '{match[2]}': {match[1]}"
     if match := re.search(r"Expected '([^']+)' to be a subclass of (?:Union\[)?([\w, ]+)", message):
@@ -164,13 +133,6 @@ def innermost(error: BaseException) -> str:
     return reasons[0] if reasons else str(error)
 
 
-def _nearest_option(name: str, options: list[str]) -> str:
-    """The option most like one that was left out of all: ``--epochs`` is ``--trainer.max_epochs`` by its last part."""
-    last = _ELSEWHERE_CALLED.get(name.removeprefix("--").rpartition(".")[2])
-    places = [option for option in options if last is not None and option.rpartition(".")[2] == last]
-    return f" (did you mean {places[0]}?)" if len(places) == 1 else nearest(name, options)
-
-
 def _unknown_class(key: str, name: str) -> str:
     kind = key.rpartition(".")[2]
     names = _class_names(kind)
@@ -196,18 +158,6 @@ def _with_subparsers(parser: ArgumentParser) -> list[ArgumentParser]:
 def _beginnings(key: str) -> list[str]:
     parts = key.split(".")
     return [".".join(parts[: length + 1]) for length in range(len(parts))]
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """``" (did you mean fit?)"``, or nothing where no name is like it.
-
-    Of dotted names the last part may be one that other libraries use for the same thing.
-    """
-    by_lower = {candidate.lower(): candidate for candidate in names}
-    beginning, dot, last = name.lower().rpartition(".")
-    word = f"{beginning}{dot}{_ELSEWHERE_CALLED.get(last, last)}"
-    like = [word] if word in by_lower else get_close_matches(word, by_lower, n=1, cutoff=0.5)
-    return f" (did you mean {by_lower[like[0]]}?)" if like else ""
 
 
 def _class_names(kind: str) -> list[str]:

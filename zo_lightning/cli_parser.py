@@ -1,9 +1,7 @@
 """How the command line reads options and files: a class that is switched starts anew, errors are the user's."""
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,11 +12,11 @@ from jsonargparse._util import import_object
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 
-from zo_lightning.cli_errors import UserError, explain_parsing
+from zo_lightning.cli_errors import explain_parsing
+from zo_lightning.help_page import DEFAULT
+from zo_lightning.user_errors import UserError
 from zo_lightning.yaml_files import read_text
 
-DEFAULT = Path(__file__).with_name("default.yaml")
-ENVIRONMENT = "ZO_LIGHTNING"
 _SECTIONS = {"model", "trainer", "checkpoint", "last_checkpoint", "trajectory_log", "progress_bar"}
 
 
@@ -79,45 +77,6 @@ class SaveConfig(SaveConfigCallback):
 def num_classes(data: LightningDataModule | None) -> int:
     """How many classes the data have; 10 where they do not say."""
     return getattr(data, "num_classes", 10)
-
-
-def names_model(words: Sequence[str]) -> bool:
-    """Whether a command line says which LightningModule to train, itself or in a configuration."""
-    options = ("--model", "--model.class_path", "--model.help")
-    variables = (f"{ENVIRONMENT}_{command.upper()}__MODEL" for command in words[:1])
-    return (
-        any(word.partition("=")[0] in options for word in words)
-        or any(name in os.environ for name in variables)
-        or any(map(_names_model, _files(words)))
-    )
-
-
-def check_no_classifier(words: Sequence[str]) -> None:
-    """Raise UserError where one file has settings of the Classifier and another, or an option, names a model."""
-    for path in _files(words):
-        model = _model_of(path)
-        if isinstance(model, dict) and "class_path" not in model and {"net", "estimator", "optimizer"} & set(model):
-            raise UserError(
-                f"{path} sets the Classifier's {', '.join(model)}, and another model is named: give that one's "
-                "settings, and --estimator, --optimizer and --lr_scheduler beside it"
-            )
-
-
-def _files(words: Sequence[str]) -> list[str]:
-    pairs = zip_longest(words, words[1:], fillvalue="")
-    return [word.partition("=")[2] or then for word, then in pairs if word.partition("=")[0] in ("-c", "--config")]
-
-
-def _names_model(path: str) -> bool:
-    model = _model_of(path)
-    return isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)
-
-
-def _model_of(path: str) -> Any:
-    try:
-        return yaml.safe_load(read_text(Path(path))).get("model")
-    except (UserError, AttributeError):  # the parser says what is wrong
-        return None
 
 
 def defaults(foreign: bool) -> dict[str, Any]:

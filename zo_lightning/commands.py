@@ -1,74 +1,110 @@
-"""All subcommands of ``zo-lightning``, and what a shell is told of how they ended."""
+"""All subcommands of ``zo-lightning``, and what a shell is told of how they ended.
 
-import logging
+What is wrong with the words alone is said before anything heavy is imported, which takes seconds.
+"""
+
 import os
 import re
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from zo_lightning import help_page, noise
+from zo_lightning.presets import configs_command, with_paths
+from zo_lightning.user_errors import DISK, UserError
+from zo_lightning.words import OF_LIGHTNING, check_command, check_options
 
-from zo_lightning.cli import CLI, COMMANDS, fit
-from zo_lightning.cli_errors import DISK, UserError, nearest
-from zo_lightning.distributed import ProcessLost, WeightsDiverged, tells_of_loss
-from zo_lightning.modules import TrainingDiverged
-from zo_lightning.presets import configs_command
-from zo_lightning.replay.command import export_command, replay_command
-from zo_lightning.study.command import report, study
-
-_COMMANDS = {
-    "study": lambda words: study(words, fit),
-    "report": lambda words: report(words, fit),
-    "replay": replay_command,
-    "export": export_command,
-    "configs": configs_command,
-}
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 
 def main(args: list[str] | None = None) -> int:
     """Run a command line; return its exit code: 0, 1 where a run failed, 2 where it was not begun."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
+    noise.leave_out()
     threading.excepthook = _leave_disk_to_main
     words = sys.argv[1:] if args is None else args
     if "" not in sys.path and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # a console script does not look there, unlike `python -m`
     try:
-        if words and words[0] in _COMMANDS:
-            return _COMMANDS[words[0]](words[1:])
-        check_command(words)
-        CLI(args)
+        return _run(words)
     except UserError as error:
         return _fail(error, 2)
-    except (TrainingDiverged, WeightsDiverged, ProcessLost, MisconfigurationException) as error:
-        return _fail(error, 1)
-    except RuntimeError as error:
-        if not tells_of_loss(error):
-            raise
-        return _fail(error, 1)
     except BrokenPipeError:  # `| head` has seen enough; what Python would still write goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except SIGTERMException as stop:
-        return int(stop.code or 143)
     except OSError as error:
         if error.errno not in DISK:
             raise
         return _fail(OSError(f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}"), 1)
+    except (Exception, SystemExit) as error:
+        if type(error) is SystemExit:  # a parser has said what there is to say
+            raise
+        from zo_lightning.cli import exit_code_of  # whatever could raise it has imported this
+
+        if (code := exit_code_of(error)) is None:
+            raise
+        return code if isinstance(error, SystemExit) else _fail(error, code)
+
+
+def _run(words: list[str]) -> int:
+    check_command(words)
+    if help_page.asked(words):
+        print(help_page.page(words), flush=True)
+        return 0
+    if words[0] in _COMMANDS:
+        return _COMMANDS[words[0]](words[1:])
+    if words[0] in OF_LIGHTNING:
+        check_options(words := with_paths(words))
+    from zo_lightning.cli import CLI
+    from zo_lightning.distributed import closing_group
+
+    with closing_group():
+        CLI(["--help" if word == help_page.ALL else word for word in words])
     return 0
 
 
-def check_command(words: Sequence[str]) -> None:
-    """Raise UserError where a command line begins with no subcommand, and no option."""
-    if words and (words[0].startswith("-") or words[0] in CLI.subcommands()):
-        return
-    known = (*CLI.subcommands(), *COMMANDS)
-    problem = f"unknown command '{words[0]}'{nearest(words[0], known)}" if words else "a command is missing"
-    raise UserError(f"{problem}; there are {', '.join(known)}")
+def _study(words: list[str]) -> int:
+    from zo_lightning.study.command import study
+
+    return study(words, _fit)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _report(words: list[str]) -> int:
+    from zo_lightning.study.command import report
+
+    return report(words, _fit)
+
+
+def _fit(words: Sequence[str]) -> "Trainer":
+    from zo_lightning.cli import fit
+
+    return fit(words)
+
+
+def _replay(words: list[str]) -> int:
+    from zo_lightning.replay.command import replay_command
+
+    return replay_command(words)
+
+
+def _export(words: list[str]) -> int:
+    from zo_lightning.replay.command import export_command
+
+    return export_command(words)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "study": _study,
+    "report": _report,
+    "replay": _replay,
+    "export": _export,
+    "configs": configs_command,
+}
+
+
+def _fail(error: BaseException, code: int) -> int:
     text = re.sub(r"[^\s']{500,}", lambda word: f"{word[0][:100]}...", str(error))
     print(f"zo-lightning: error: {text}", file=sys.stderr)
     return code
@@ -78,7 +114,3 @@ def _leave_disk_to_main(failed: threading.ExceptHookArgs) -> None:
     """Print no traceback of a thread whose disk is full, such as TensorBoard's: its next write raises here."""
     if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in DISK):
         threading.__excepthook__(failed)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless" not in record.getMessage()

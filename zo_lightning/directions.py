@@ -7,7 +7,7 @@ distribution, and no formula outside this file mentions the dimension ``d``.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -282,26 +282,37 @@ class LowRank(Directions):
     """Low-rank directions of every matrix: ``u = A Bᵀ / √r`` with normal factors; vectors get normal numbers.
 
     The entries are uncorrelated with variance 1, so ``E[u uᵀ] = I`` holds, at ``r (m + n)`` normal numbers for an
-    ``m × n`` weight; a convolution counts as the matrix ``out × (in · kernel)`` (LOZO, Chen et al. 2024).
+    ``m × n`` weight; a convolution counts as the matrix ``out × (in · kernel)``. With ``every`` above 1 the steps of
+    an interval share ``B``, and stay in one subspace (LOZO, Chen et al., *Enhancing zeroth-order fine-tuning for
+    language models with low-rank structures*, 2024).
 
     Args:
         rank: ``r`` ≥ 1.
+        every: steps ≥ 1 after which ``B`` is drawn anew.
 
     Raises:
-        ValueError: ``rank`` < 1.
+        ValueError: ``rank`` < 1, or ``every`` < 1.
     """
 
     rank: int = 1
+    every: int = 1
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        for name, value in (("rank", self.rank), ("every", self.every)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
     def factors(self, place: Tensor, direction: Direction, position: int) -> tuple[Tensor, Tensor]:
         """``A`` [m, r] and ``B`` [n, r] of a matrix, whose numbers ``place`` has room for."""
         m = place.shape[0]
         factors = torch.empty(m + math.prod(place.shape[1:]), self.rank, device=place.device)
-        direction.stream.normals(factors.view(-1), direction.starts[position])
+        stream, start = direction.stream, direction.starts[position]
+        stream.normals(factors.view(-1), start)
+        if self.every > 1:
+            interval = replace(stream, step=stream.step - stream.step % self.every)
+            shared = torch.empty_like(factors)
+            interval.normals(shared.view(-1), start)
+            factors[m:] = shared[m:]
         return factors[:m], factors[m:]
 
     def _numbers(self, weight: Tensor) -> int:

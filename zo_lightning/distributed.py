@@ -164,6 +164,18 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+@contextmanager
+def closing_group() -> Iterator[None]:
+    """Close a group of processes that is opened within, where all goes well.
+
+    Left to the end of the interpreter, its threads may be torn down as they run, and abort the process.
+    """
+    there_before = dist.is_available() and dist.is_initialized()
+    yield
+    if not there_before and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def gather(numbers: Sequence[float], device: torch.device, step: int) -> list[list[float]]:
     """The numbers of every rank, in float64; as many on each.
 

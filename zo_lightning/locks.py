@@ -5,7 +5,7 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
-from zo_lightning.cli_errors import UserError
+from zo_lightning.user_errors import UserError
 
 
 @contextlib.contextmanager

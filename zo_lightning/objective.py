@@ -16,6 +16,8 @@ from zo_lightning.random_states import GlobalState, seed_all
 
 T = TypeVar("T")
 
+_COPIED = 4 << 20  # bytes of inputs: a fraction of what a pass takes that has read them
+
 
 class NonFiniteLoss(ArithmeticError):
     """A loss came out NaN or infinite, so that no gradient can be estimated from it."""
@@ -63,6 +65,7 @@ class Objective:
         self._kept: dict[int, list[Tensor]] | None = None  # frozen weights and inputs, by the address of their memory
         self._written: dict[int, tuple[Tensor, Tensor]] = {}  # those that the loss has changed, as they were
         self._moved: list[tuple[Tensor, Tensor]] = []  # as the first probe left them
+        self._copies: list[tuple[Tensor, int, Tensor]] | None = None  # inputs, with their versions
         self._guarded = False
         self._generators = [torch.default_generator]
         if torch.cuda.is_initialized():
@@ -217,6 +220,21 @@ class Objective:
             p.copy_(value)
 
     @property
+    def has_written(self) -> bool:
+        """Whether a probe has changed a frozen weight or an input."""
+        return bool(self._written)
+
+    def keeps_inputs(self) -> bool:
+        """Keep copies of the inputs, for probes that nobody watches; False where they are too large for that."""
+        if self._copies is None:
+            if any(t.is_inference() or t.layout != torch.strided for t in self.inputs):
+                return False
+            if sum(t.numel() * t.element_size() for t in self.inputs) > _COPIED:
+                return False
+            self._copies = [(t, t._version, t.detach().clone()) for t in self.inputs]
+        return True
+
+    @property
     def moves_state(self) -> bool:
         """Whether the first probe has changed a buffer, a frozen weight or an input."""
         return bool(self._moved) or (self._after_first is not None and not self._buffers.equals(self._after_first))
@@ -234,6 +252,9 @@ class Objective:
 
     def _after_probe(self) -> None:
         first = self._after_first is None
+        for t, version, copy in self._copies or ():
+            if t._version != version:
+                self._written.setdefault(id(t), (t, copy))
         if first:
             self._after_first = _Buffers(self.module) if self._buffers else self._buffers
             self._moved = [(p.data, p.detach().clone()) for p, _ in self._written.values()]

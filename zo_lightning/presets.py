@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from zo_lightning.cli_errors import CommandParser, UserError
+from zo_lightning.user_errors import CommandParser, UserError
+from zo_lightning.words import OTHERS
 
 CONFIGS = Path(__file__).with_name("configs")
-COMMANDS = {"configs": "list the configurations of the package, or copy them"}
 
 
 def names() -> list[str]:
@@ -62,7 +62,7 @@ def configs_command(words: list[str]) -> int:
     Raises:
         UserError: a name is unknown, or a copy would overwrite a file.
     """
-    parser = CommandParser(prog="zo-lightning configs", description=COMMANDS["configs"].capitalize() + ".")
+    parser = CommandParser(prog="zo-lightning configs", description=OTHERS["configs"].capitalize() + ".")
     parser.add_argument("names", nargs="*", metavar="NAME", help="such as mnist or estimator/backprop; default: all")
     parser.add_argument("--copy", type=Path, metavar="FOLDER", help="write them there, to be changed and given to -c")
     options = parser.parse_args(words)

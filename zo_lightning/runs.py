@@ -11,9 +11,9 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from zo_lightning.checkpoint_io import DamagedCheckpoint, load_checked
-from zo_lightning.cli_errors import UserError
 from zo_lightning.curves import EVENTS, METRICS
 from zo_lightning.locks import locked
+from zo_lightning.user_errors import UserError
 
 CHECKPOINTS = "checkpoints"
 

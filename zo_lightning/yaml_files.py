@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from zo_lightning.cli_errors import UserError
+from zo_lightning.user_errors import UserError
 
 _OF_CLASSES = {"class_path", "init_args"}
 

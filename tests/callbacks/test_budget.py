@@ -23,15 +23,15 @@ def test_every_curve_also_against_cost(tmp_path: Path) -> None:
         fit = trainer(tmp_path, Budget(), logger=logger)
         fit.fit(make(), batches(), validation())
         seen = events(Path(logger.log_dir))
-        tags = {tag for tag in seen.Tags()["scalars"] if not tag.startswith("by_") and tag != "epoch"}
-        copies = {tag.removeprefix("by_flops/") for tag in seen.Tags()["scalars"] if tag.startswith("by_")}
+        tags = {tag for tag in seen.Tags()["scalars"] if not tag.startswith("vs_flops/") and tag != "epoch"}
+        copies = {tag.removeprefix("vs_flops/") for tag in seen.Tags()["scalars"] if tag.startswith("vs_flops/")}
         assert copies == tags - {"budget/flops"} >= {"train/loss", "val/acc", "budget/seconds"}
         for tag in copies:
-            by_steps, by_flops = seen.Scalars(tag), seen.Scalars(f"by_flops/{tag}")
+            by_steps, by_flops = seen.Scalars(tag), seen.Scalars(f"vs_flops/{tag}")
             assert [event.value for event in by_steps] == [event.value for event in by_flops], tag
         spent = [event.value for event in seen.Scalars("budget/flops")]  # after steps 2, 4, ..., 12
-        assert [event.step for event in seen.Scalars("by_flops/train/loss")] == [round(value / 1e6) for value in spent]
-        assert [event.step for event in seen.Scalars("by_flops/val/acc")] == [round(spent[i] / 1e6) for i in (2, 5)]
+        assert [event.step for event in seen.Scalars("vs_flops/train/loss")] == [round(value / 1e6) for value in spent]
+        assert [event.step for event in seen.Scalars("vs_flops/val/acc")] == [round(spent[i] / 1e6) for i in (2, 5)]
         assert spent == pytest.approx([spent[0] * i for i in range(1, 7)], rel=1e-6)  # float32 in the file
         assert [event.value for event in seen.Scalars("budget/forward_passes")][-1] == 12 * per_step
         assert [event.value for event in seen.Scalars("budget/examples")] == [8, 16, 24, 32, 40, 48]
@@ -85,7 +85,7 @@ def test_another_axis(axis: Any, tmp_path: Path) -> None:
     seen = events(Path(logger.log_dir))
     spent = [event.value for event in seen.Scalars(f"budget/{axis}")]
     # seconds are read once more for the axis, so that they may be round numbers higher by one
-    found = [event.step for event in seen.Scalars(f"by_{axis}/train/loss")]
+    found = [event.step for event in seen.Scalars(f"vs_{axis}/train/loss")]
     assert found == pytest.approx(spent, abs=0 if axis == "forward_passes" else 1)
     with pytest.raises(ValueError, match="flops, forward_passes, seconds, got 'epochs'"):
         Budget("epochs")  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def test_a_module_can_be_left_unwatched(tmp_path: Path) -> None:
     trainer(tmp_path, Budget(measure_flops=False), logger=logger).fit(automatic(), batches())
     tags = events(Path(logger.log_dir)).Tags()["scalars"]
     assert "budget/forward_passes" in tags and "budget/flops" not in tags
-    assert not [tag for tag in tags if tag.startswith("by_")]
+    assert not [tag for tag in tags if tag.startswith("vs_flops/")]
 
 
 def test_a_step_that_fails_or_is_called_off_leaves_no_one_watching(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_run_after_one_that_failed_draws_each_curve_once(tmp_path: Path) -> No
         fit.fit(automatic(), batches())
     fit.fit(automatic(), batches())
     assert len(fit.loggers) == 1
-    assert len(events(Path(fit.log_dir or "")).Scalars("by_flops/budget/examples")) == 6
+    assert len(events(Path(fit.log_dir or "")).Scalars("vs_flops/budget/examples")) == 6
 
 
 def test_a_logger_without_pictures_gets_the_columns(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_logger_without_pictures_gets_the_columns(tmp_path: Path) -> None:
     trainer(tmp_path, Budget(), logger=logger).fit(automatic(), batches())
     header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"budget/flops", "budget/forward_passes", "budget/examples", "train/loss"} <= set(header)
-    assert not any(tag.startswith("by_") for tag in header)
+    assert not any(tag.startswith("vs_flops/") for tag in header)
 
 
 def test_batches_of_unknown_size_count_as_none() -> None:

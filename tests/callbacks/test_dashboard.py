@@ -8,6 +8,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
 from tests.callbacks.runs import Linear, automatic, batches, classifier, events, trainer, validation
+from zo_lightning import Backprop
 from zo_lightning.callbacks import Budget, Dashboard, GradientAlignment, WeightSimilarity
 from zo_lightning.callbacks.dashboard import LAYOUT
 
@@ -43,7 +44,7 @@ def test_layout_and_hyperparameters(tmp_path: Path) -> None:
     }
     experiment = metadata.parse_experiment_plugin_data(hparams(Path(logger.log_dir))["_hparams_/experiment"])
     heads = {info.name: info.display_name or info.name for info in experiment.hparam_infos}
-    assert (heads["d"], heads["u"], heads["estimator"]) == ("weights (d)", "directions", "estimator")
+    assert (heads["d"], heads["random_directions"], heads["estimator"]) == ("weights (d)", "directions", "estimator")
     start = hparams(Path(logger.log_dir))["_hparams_/session_start_info"]
     values = {name: value.string_value or value.number_value for name, value in start.hparams.items()}
     d = sum(p.numel() for p in classifier().parameters())
@@ -53,11 +54,20 @@ def test_layout_and_hyperparameters(tmp_path: Path) -> None:
         "lr": 0.01,
         "mu": 1e-3,
         "optimizer": "Adam",
+        "random_directions": "Rademacher",
         "samples": 1,
         "task": "Classifier, Sequential",
-        "u": "Rademacher",
     }
     assert values["seed"] == torch.initial_seed()
+
+
+def test_what_an_estimator_does_not_have_is_left_empty(tmp_path: Path) -> None:
+    """The columns are the same for all runs, as TensorBoard takes them from one."""
+    logger = TensorBoardLogger(tmp_path)
+    trainer(tmp_path, Dashboard(), logger=logger).fit(classifier(Backprop()), batches())
+    found = hparams(Path(logger.log_dir))
+    columns = {info.name for info in metadata.parse_experiment_plugin_data(found["_hparams_/experiment"]).hparam_infos}
+    assert columns - set(found["_hparams_/session_start_info"].hparams) == {"mu", "random_directions", "samples"}
 
 
 def test_other_loggers_get_the_hyperparameters(tmp_path: Path) -> None:
@@ -65,6 +75,7 @@ def test_other_loggers_get_the_hyperparameters(tmp_path: Path) -> None:
     trainer(tmp_path, Dashboard(), logger=logger).fit(automatic(), batches())
     text = (Path(logger.log_dir) / "hparams.yaml").read_text()
     assert "estimator: Backprop" in text and "task: AutomaticClassifier, Sequential" in text
+    assert "mu:" not in text
 
 
 def test_without_a_logger_nothing_happens(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_both_runs_in_one_embedding(reference: Path, tmp_path: Path) -> None:
     seen = events(folder)
     for layer in ("net.0.weight", "net.3.weight"):
         (event,) = seen.Images(f"filter_projection/{layer}")
-        assert (event.step, event.width) == (12, 1120)  # two panels
+        assert (event.step, event.width) == (12, 920)  # two panels
     points, labels = embeddings(folder)["net.0.weight:00012"]
     assert points.shape == (2 * 4 * 3, 27)  # runs, filters, snapshots; weights of a filter
     assert labels[0] == ["run", "layer", "filter", "epoch"]
@@ -90,6 +90,16 @@ def test_the_same_points_are_placed_where_the_runs_agree() -> None:
         lines = [line.get_xydata() for line in axes.lines if len(line.get_xdata()) == 8]
         assert len(lines) == 2
         assert np.abs(lines[0] - lines[1]).max() < 0.1 * np.ptp(lines[0])
+
+
+def test_axes_are_named_in_letters_that_can_be_read_where_they_are_shown() -> None:
+    """TensorBoard makes a picture 350 pixels wide; 8 of them is the least height of a line of text to read."""
+    filters = np.random.default_rng(0).normal(size=(8, 4, 9))
+    figure = trajectories_figure("conv", [Trajectory("this run", list(range(8)), filters)])
+    for axes in figure.axes:
+        assert "axis" in axes.get_xlabel() and "axis" in axes.get_ylabel()
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            assert label.get_fontsize() / 72 * 350 / figure.get_figwidth() >= 8
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1), (2, 4, 1), (5, 4, 1), (3, 4, 4)])
@@ -132,7 +142,7 @@ def test_bad_arguments() -> None:
 def test_figures_are_pictures(tmp_path: Path) -> None:
     trainer(tmp_path, FilterProjection(), max_epochs=1).fit(classifier(), batches())
     picture = Image.open(tmp_path / "images/filter_projection/net.0.weight/step=000000006.png")
-    assert picture.size == (560, 532)  # eight points: too few for t-SNE
+    assert picture.size == (600, 580)  # eight points: too few for t-SNE
     assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 10
 
 

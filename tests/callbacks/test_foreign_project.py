@@ -70,13 +70,13 @@ def test_resnet18_in_automatic_optimization(tmp_path: Path) -> None:
     seen = events(folder)
     tags = seen.Tags()
     layers = {
-        tag.removeprefix("to_reference/matched/") for tag in tags["scalars"] if tag.startswith("to_reference/matched")
+        tag.removeprefix("vs_reference/matched/") for tag in tags["scalars"] if tag.startswith("vs_reference/matched")
     }
     assert len(layers) == 20 and "model.conv1.weight" in layers  # the convolutions of a ResNet-18
-    assert [event.value for event in seen.Scalars("alignment/cosine/all")] == [1.0] * 4
+    assert [event.value for event in seen.Scalars("vs_true_gradient/cosine/all")] == [1.0] * 4
     spent = [event.value for event in seen.Scalars("budget/flops")]
-    assert [event.step for event in seen.Scalars("by_flops/train_loss")] == [round(value / 1e6) for value in spent]
-    assert {"to_start/l2/all", "to_reference/cosine/all", "weight_norm/all", "budget/examples"} <= set(tags["scalars"])
+    assert [event.step for event in seen.Scalars("vs_flops/train_loss")] == [round(value / 1e6) for value in spent]
+    assert {"vs_start/l2/all", "vs_reference/cosine/all", "weight_norm/all", "budget/examples"} <= set(tags["scalars"])
     assert "weights/model.layer4.1.conv2.weight" in tags["histograms"]
     pictures = {tag.partition("/")[0] for tag in tags["images"]}
     assert pictures == {"filters", "filter_projection"}

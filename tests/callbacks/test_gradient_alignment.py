@@ -53,7 +53,7 @@ def test_training_is_bit_identical_with_and_without(estimator: GradientEstimator
     (a, *rest_a), (b, *rest_b) = states
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert all(torch.equal(x, y) for x, y in zip(rest_a, rest_b, strict=True))
-    assert [step for step, _ in scalars(tmp_path)["alignment/cosine/all"]] == [0, 2, 4, 6, 8, 10]
+    assert [step for step, _ in scalars(tmp_path)["vs_true_gradient/cosine/all"]] == [0, 2, 4, 6, 8, 10]
 
 
 class Reference(Callback):
@@ -74,7 +74,7 @@ def test_values(estimator: GradientEstimator, tmp_path: Path) -> None:
     torch.manual_seed(0)
     of = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(144, 3))
     trainer(tmp_path, GradientAlignment(1), reference).fit(classifier(estimator, of), batches())
-    logged = {tag.removeprefix("alignment/"): [v for _, v in values] for tag, values in scalars(tmp_path).items()}
+    logged = {tag.removeprefix("vs_true_gradient/"): [v for _, v in values] for tag, values in scalars(tmp_path).items()}
     for name, value in reference.cosine.items():
         if math.isnan(value):  # a coordinate lies in one weight; the others' estimate is zero
             assert isinstance(estimator, ZerothOrder) and isinstance(estimator.directions, Coordinate)
@@ -104,8 +104,8 @@ def test_cosine_is_near_what_theory_expects(tmp_path: Path) -> None:
     estimator = ZerothOrder(samples=4, seed=0)
     trainer(tmp_path, GradientAlignment(1), max_epochs=10).fit(classifier(estimator), batches())
     logged = scalars(tmp_path)
-    measured = torch.tensor([value for _, value in logged["alignment/cosine/all"]]).square().mean().sqrt()
-    assert logged["alignment/expected_cosine/all"][0][1] == pytest.approx(float(measured), rel=0.27)
+    measured = torch.tensor([value for _, value in logged["vs_true_gradient/cosine/all"]]).square().mean().sqrt()
+    assert logged["vs_true_gradient/expected_cosine/all"][0][1] == pytest.approx(float(measured), rel=0.27)
 
 
 def test_a_mu_below_the_noise_floor_is_warned_of(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_mu_below_the_noise_floor_is_warned_of(tmp_path: Path) -> None:
         trainer(tmp_path, GradientAlignment(), max_epochs=1).fit(
             classifier(ZerothOrder(stencil=CentralDifference(1e-9), seed=0)), batches()
         )
-    assert scalars(tmp_path)["alignment/slope_snr"][0][1] < 1
+    assert scalars(tmp_path)["vs_true_gradient/slope_snr"][0][1] < 1
 
 
 @pytest.mark.parametrize("make", [automatic, first_order, Linear, lambda: Linear(torch.bfloat16)])
@@ -132,7 +132,7 @@ def test_where_the_gradient_is_true_it_is_1_and_nothing_is_asked_again(make: Any
     assert calls == 6
     logged = scalars(tmp_path)
     for tag in ("cosine", "norm_ratio", "expected_cosine"):
-        assert [value for _, value in logged[f"alignment/{tag}/all"]] == [pytest.approx(1)] * 6
+        assert [value for _, value in logged[f"vs_true_gradient/{tag}/all"]] == [pytest.approx(1)] * 6
 
 
 class Accuracy(Linear):
@@ -165,7 +165,7 @@ class EstimatedFlat(EstimatedGradient, Flat):
 
 def test_a_gradient_of_zero(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     trainer(tmp_path, GradientAlignment(1), max_epochs=1).fit(EstimatedFlat(), batches())
-    assert scalars(tmp_path).keys() == {"alignment/seconds", "alignment/expected_cosine/all"}
+    assert scalars(tmp_path).keys() == {"vs_true_gradient/seconds", "vs_true_gradient/expected_cosine/all"}
     assert not [warning for warning in recwarn if "GradientAlignment" in str(warning.message)]
 
 
@@ -176,7 +176,7 @@ class EstimatedHalf(EstimatedGradient, Linear):
 def test_weights_of_low_precision_have_a_high_noise_floor(tmp_path: Path) -> None:
     for name, dtype in (("half", torch.bfloat16), ("single", torch.float32)):
         trainer(tmp_path / name, GradientAlignment(1), max_epochs=1).fit(EstimatedHalf(dtype), batches())
-    floors = [scalars(tmp_path / name)["alignment/noise_floor"][0][1] for name in ("half", "single")]
+    floors = [scalars(tmp_path / name)["vs_true_gradient/noise_floor"][0][1] for name in ("half", "single")]
     assert floors[0] > 100 * floors[1]  # the precisions are 2^-8 and 2^-24
 
 
@@ -188,7 +188,7 @@ def test_a_step_that_is_skipped_is_left_out(tmp_path: Path) -> None:
 
     module = classifier(of=nn.Sequential(nn.Flatten(), nn.Linear(192, 3)))
     trainer(tmp_path, GradientAlignment(1), Poison(), max_epochs=1).fit(module, batches())
-    assert [step for step, _ in scalars(tmp_path)["alignment/cosine/all"]] == [0, 2, 3, 4, 5]
+    assert [step for step, _ in scalars(tmp_path)["vs_true_gradient/cosine/all"]] == [0, 2, 3, 4, 5]
     assert module.estimated_objective is None
 
 
@@ -218,4 +218,4 @@ class EstimatedDetached(EstimatedGradient, Detached):
 def test_losses_that_are_detached_count_as_alike(tmp_path: Path) -> None:
     module = EstimatedDetached(net(), lambda p: torch.optim.SGD(p, 0.01), num_classes=3)
     trainer(tmp_path, GradientAlignment(1), max_epochs=1).fit(module, batches())
-    assert 0 < scalars(tmp_path)["alignment/expected_cosine/all"][0][1] < 1
+    assert 0 < scalars(tmp_path)["vs_true_gradient/expected_cosine/all"][0][1] < 1

@@ -226,7 +226,7 @@ def test_costs_and_alignment_are_those_of_the_estimator(tmp_path: Path) -> None:
     trainer(tmp_path, callback, budget, GradientAlignment(every_n_steps=4)).fit(Foreign(), batches())
     assert callback.forward_passes == budget.forward_passes == 12 * 4
     assert callback.flops == budget.flops > 0
-    cosines = [value for _, value in scalars(tmp_path)["alignment/cosine/all"]]
+    cosines = [value for _, value in scalars(tmp_path)["vs_true_gradient/cosine/all"]]
     assert len(cosines) == 3 and all(0 < abs(value) < 0.9 for value in cosines)
 
 

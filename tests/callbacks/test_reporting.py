@@ -111,12 +111,12 @@ def test_every_callback_without_tensorboard(kind: str, tmp_path: Path) -> None:
     folder = run_folder(fit)
     assert {path.name for path in (folder / "images").iterdir()} == {"filters", "filter_projection"}
     if kind == "none":
-        assert {"alignment/cosine/all", "to_start/l2/all", "weight_norm/all", "budget/seconds"} <= scalars(
+        assert {"vs_true_gradient/cosine/all", "vs_start/l2/all", "weight_norm/all", "budget/seconds"} <= scalars(
             folder
         ).keys()
     else:
         header = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
-        assert {"alignment/cosine/all", "to_start/l2/all", "weight_norm/all", "budget/seconds"} <= set(header)
+        assert {"vs_true_gradient/cosine/all", "vs_start/l2/all", "weight_norm/all", "budget/seconds"} <= set(header)
 
 
 def test_only_rank_zero_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_every_callback_over_a_resume(tmp_path: Path) -> None:
     trainer(tmp_path, *every(), logger=logger).fit(resumed, batches(), ckpt_path=checkpoint.best_model_path)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     seen, expected = events(Path(logger.log_dir)), events(tmp_path / "whole" / "version_0")
-    for tag in ("to_start/l2/all", "alignment/cosine/all", "weight_norm/all"):
+    for tag in ("vs_start/l2/all", "vs_true_gradient/cosine/all", "weight_norm/all"):
         points = [(event.step, event.value) for event in expected.Scalars(tag) if event.step > 8]
         assert points and [(event.step, event.value) for event in seen.Scalars(tag)] == points, tag
     ours, theirs = (one.Images("filter_projection/net.0.weight")[0] for one in (seen, expected))

@@ -28,15 +28,15 @@ def test_values_are_those_of_the_snapshots(reference: Path, tmp_path: Path) -> N
     trainer(tmp_path, WeightSimilarity(str(reference))).fit(module, batches())
     logged, end, other = scalars(tmp_path), weights(module), read_snapshots(reference)[-1].load()
     for tag, expected in (
-        ("to_start/cosine", cosine(end, start)),
-        ("to_start/l2", l2_distance(end, start)),
-        ("to_reference/cosine", cosine(end, other)),
-        ("to_reference/l2", l2_distance(end, other)),
+        ("vs_start/cosine", cosine(end, start)),
+        ("vs_start/l2", l2_distance(end, start)),
+        ("vs_reference/cosine", cosine(end, other)),
+        ("vs_reference/l2", l2_distance(end, other)),
     ):
         for name in ("all", "net.0.weight", "net.5.bias"):
             assert logged[f"{tag}/{name}"][-1] == (12, pytest.approx(expected[name])), tag
-    assert logged["to_reference/cosine/all"][0] == (0, pytest.approx(1))  # of the same initialisation
-    assert [step for step, _ in logged["to_reference/l2/all"]] == [0, 6, 12]
+    assert logged["vs_reference/cosine/all"][0] == (0, pytest.approx(1))  # of the same initialisation
+    assert [step for step, _ in logged["vs_reference/l2/all"]] == [0, 6, 12]
     assert {tag.rpartition("/")[2] for tag in logged if "matched" in tag} == {"net.0.weight", "net.3.weight"}
 
 
@@ -46,8 +46,8 @@ def test_filters_that_swapped_roles(tmp_path: Path) -> None:
     write_snapshot(tmp_path / "snapshots", swapped, 0, 0)
     trainer(tmp_path / "run", WeightSimilarity(str(tmp_path)), max_epochs=1).fit(classifier(), batches())
     logged = scalars(tmp_path / "run")
-    assert logged["to_reference/cosine/net.0.weight"][0][1] < 0.9
-    assert logged["to_reference/matched/net.0.weight"][0][1] == pytest.approx(1)
+    assert logged["vs_reference/cosine/net.0.weight"][0][1] < 0.9
+    assert logged["vs_reference/matched/net.0.weight"][0][1] == pytest.approx(1)
 
 
 def test_the_start_survives_a_resume(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_the_start_survives_a_resume(tmp_path: Path) -> None:
     )
     resumed = classifier()
     trainer(tmp_path / "b", WeightSimilarity()).fit(resumed, batches(), ckpt_path=checkpoint.best_model_path)
-    logged = scalars(tmp_path / "b")["to_start/l2/all"]
+    logged = scalars(tmp_path / "b")["vs_start/l2/all"]
     assert logged[-1] == (12, pytest.approx(l2_distance(weights(resumed), start)["all"]))
     assert [step for step, _ in logged] == [6, 12]
 
@@ -67,7 +67,7 @@ def test_the_start_survives_a_resume(tmp_path: Path) -> None:
 def test_a_start_that_is_unknown_is_said(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=3)
     trainer(tmp_path, checkpoint, max_steps=3, enable_checkpointing=True).fit(classifier(), batches())
-    with pytest.warns(UserWarning, match="the checkpoint has no start for it: to_start is from step 3"):
+    with pytest.warns(UserWarning, match="the checkpoint has no start for it: vs_start is from step 3"):
         trainer(tmp_path, WeightSimilarity()).fit(classifier(), batches(), ckpt_path=checkpoint.best_model_path)
 
 
@@ -75,8 +75,8 @@ def test_a_reference_with_fewer_epochs_is_compared_as_far_as_it_goes(reference: 
     with pytest.warns(UserWarning, match="has no snapshot of epoch 3"):
         trainer(tmp_path, WeightSimilarity(str(reference)), max_epochs=4).fit(classifier(), batches())
     logged = scalars(tmp_path)
-    assert [step for step, _ in logged["to_reference/cosine/all"]] == [0, 6, 12]
-    assert [step for step, _ in logged["to_start/cosine/all"]] == [6, 12, 18, 24]
+    assert [step for step, _ in logged["vs_reference/cosine/all"]] == [0, 6, 12]
+    assert [step for step, _ in logged["vs_start/cosine/all"]] == [6, 12, 18, 24]
 
 
 def test_a_reference_that_does_not_fit_is_named(reference: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_reference_that_does_not_fit_is_named(reference: Path, tmp_path: Path)
 
 def test_low_precision_and_tied_weights(tmp_path: Path) -> None:
     trainer(tmp_path, WeightSimilarity(), max_epochs=1).fit(Linear(torch.bfloat16), batches())
-    assert 0.5 < scalars(tmp_path)["to_start/cosine/all"][0][1] <= 1
+    assert 0.5 < scalars(tmp_path)["vs_start/cosine/all"][0][1] <= 1
 
 
 def test_weights_that_are_not_finite_stop_nothing(reference: Path, tmp_path: Path) -> None:
@@ -111,8 +111,8 @@ def test_weights_that_are_not_finite_stop_nothing(reference: Path, tmp_path: Pat
     with pytest.warns(UserWarning, match=r"matches no filters of net\.0\.weight: it, or the reference's, is NaN"):
         trainer(tmp_path, WeightSimilarity(str(reference))).fit(module, batches())
     logged = scalars(tmp_path)
-    assert [step for step, _ in logged["to_reference/matched/net.3.weight"]] == [0, 6, 12]
-    assert "to_reference/matched/net.0.weight" not in logged
+    assert [step for step, _ in logged["vs_reference/matched/net.3.weight"]] == [0, 6, 12]
+    assert "vs_reference/matched/net.0.weight" not in logged
 
 
 def test_a_damaged_snapshot_is_found_before_training(reference: Path, tmp_path: Path) -> None:
@@ -138,4 +138,4 @@ def test_a_snapshot_that_is_damaged_while_training_stops_nothing(reference: Path
     with pytest.warns(UserWarning, match="snapshot") as said:
         trainer(tmp_path, Damages(), *callbacks).fit(classifier(), batches())
     assert {"reference: snap", "FilterProjectio"} <= {str(warning.message)[:15] for warning in said}
-    assert [step for step, _ in scalars(tmp_path)["to_reference/cosine/all"]] == [0, 6]
+    assert [step for step, _ in scalars(tmp_path)["vs_reference/cosine/all"]] == [0, 6]

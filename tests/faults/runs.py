@@ -21,7 +21,7 @@ from zo_lightning.__main__ import main
 from zo_lightning.checkpoint_io import load_checked
 
 _SERVER = multiprocessing.get_context("forkserver")
-_PRELOADED = ["zo_lightning.commands", "sklearn.datasets", "torch.utils.tensorboard", "tests.faults.runs"]
+_PRELOADED = ["zo_lightning.cli", "sklearn.datasets", "torch.utils.tensorboard", "tests.faults.runs"]
 _SERVER.set_forkserver_preload([*_PRELOADED, "pytorch_lightning", "zo_lightning.modules", "zo_lightning.callbacks"])
 
 ASKED = "asked.txt"

@@ -20,9 +20,9 @@ from tests.callbacks.test_last_checkpoint import same
 from tests.faults import LONG
 from tests.test_cli import cli
 from zo_lightning.checkpoint_io import load_checked
-from zo_lightning.cli_errors import UserError
 from zo_lightning.snapshots import read_snapshots
 from zo_lightning.study.results import read_results
+from zo_lightning.user_errors import UserError
 
 RUN = Path("lightning_logs", "version_0")
 QUIET = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"

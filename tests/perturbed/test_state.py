@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from zo_lightning import CentralDifference, ForwardDifference, NonFiniteLoss, Objective, Rademacher, ZerothOrder
 from zo_lightning.perturbed.state import State
-from zo_lightning.perturbed.weights import Weights
+from zo_lightning.perturbed.weights import DisplacedWeights, Weights
 
 
 def scripted() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -149,3 +149,51 @@ def test_a_loss_that_writes_into_weights_changes_none_at_any_offset() -> None:
         before = [p.detach().clone() for p in net.parameters()]
         ZerothOrder(stencil=stencil, seed=0).backward(lambda net=net: net(torch.tensor([[0, 1]])).sum(), net, 0)
         assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
+class Writes(nn.Module):
+    """A net whose pass writes into its input, and into a frozen weight, from some pass on."""
+
+    def __init__(self, begins: int, frozen: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.count = nn.Parameter(torch.zeros(1), requires_grad=False) if frozen else torch.zeros(1)
+        self.begins, self.passes = begins, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        if self.passes >= self.begins:
+            x.mul_(2.0)
+            self.count += 1.0
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("begins", [1, 4, 7])
+def test_what_a_later_pass_begins_to_write_is_put_back(begins: int, frozen: bool) -> None:
+    """Every pass of a step sees the input as it came, and the step leaves what its first pass left."""
+    net, x = Writes(begins, frozen), torch.ones(4, 3)
+    estimator = ZerothOrder(samples=2, seed=0)
+    state = estimator.init(net)
+    for step in range(4):
+        came = x.clone()
+        objective = Objective(lambda: net(x).square().mean(), net, inputs=[x])
+        loss = estimator.backward(objective, net, step, state)
+        with torch.no_grad():
+            seen = came * 2.0 if net.passes >= begins + 4 else came
+            here = net.layer(seen).square().mean()
+        if net.passes >= begins + 4 or net.passes < begins:  # a step between sees both
+            assert float(loss) == pytest.approx(float(here), rel=0.02)  # the mean of the probes, within mu of it
+        assert torch.equal(x, came), "nothing is kept but by commit"
+
+
+def test_passes_are_watched_only_until_one_has_shown_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = []
+    enter = DisplacedWeights.__enter__
+    monkeypatch.setattr(DisplacedWeights, "__enter__", lambda self: watched.append(1) or enter(self))
+    net = nn.Linear(3, 2)
+    estimator = ZerothOrder(samples=2, seed=0)
+    state = estimator.init(net)
+    for step in range(3):
+        estimator.backward(lambda: net(torch.ones(1, 3)).sum(), net, step, state)
+    assert len(watched) == 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zo_lightning import ScalableCNN
-from zo_lightning.perturbed.weights import DisplacedWeights, Recent, Weights
+from zo_lightning.perturbed.weights import DisplacedWeights, ExchangedWeights, Recent, Weights
 
 
 class Last(nn.Module):
@@ -90,6 +90,11 @@ def test_the_pass_equals_one_over_moved_weights_bit_for_bit(name: str, dtype: to
     with DisplacedWeights(weights, weights.__getitem__) if name == "transformer-fast-path" else nullcontext():
         assert torch.equal(displaced, net(*x))
     assert watched.seen == set(range(len(weights)))
+    for key, value in net.state_dict().items():
+        value.copy_(before[key])
+    with ExchangedWeights(weights, moved):
+        assert torch.equal(displaced, net(*x))
+    assert [torch.equal(p, before[name]) for name, p in net.named_parameters()] == [True] * len(weights)
     assert not torch.equal(displaced, make().to(dtype)(*x)), "or nothing was displaced"
 
 
@@ -201,3 +206,37 @@ def test_a_lean_value_serves_all_steps_of_a_sequence() -> None:
         for _ in range(20):
             x = F.linear(x, cell.weight, cell.bias).tanh()
     assert sorted(asked) == [0, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("failing", [None, KeyboardInterrupt])
+def test_exchanged_weights_come_back_with_their_gradients(failing: type[BaseException] | None) -> None:
+    net = nn.Linear(2, 1)
+    net.weight.grad = gradient = torch.ones(1, 2)
+    weights = Weights.of(net)
+    before, places = [p.clone() for p in weights], [p.data_ptr() for p in weights]
+    with pytest.raises(failing) if failing else nullcontext(), ExchangedWeights(weights, [p + 1.0 for p in weights]):
+        assert torch.equal(net.weight, before[0] + 1.0)
+        net.weight.mul_(2.0)
+        with torch.enable_grad():
+            net(torch.ones(1, 2)).sum().backward()
+        if failing:
+            raise failing
+    assert all(torch.equal(p, b) for p, b in zip(weights, before, strict=True))
+    assert [p.data_ptr() for p in weights] == places
+    assert net.weight.grad is gradient and torch.equal(gradient, torch.ones(1, 2)) and net.bias.grad is None
+
+
+@torch.no_grad()
+def test_an_interrupt_amid_the_exchange_leaves_no_weight_displaced() -> None:
+    weights = Weights.of(nn.Linear(2, 1))
+    before = [p.clone() for p in weights]
+
+    class Interrupted(list[Tensor]):
+        def __iter__(self) -> Any:
+            yield self[0]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), ExchangedWeights(weights, Interrupted(p + 1.0 for p in before)):
+        pass
+    assert all(torch.equal(p, b) for p, b in zip(weights, before, strict=True))

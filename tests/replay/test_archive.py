@@ -12,12 +12,12 @@ from pytorch_lightning import seed_everything
 from torch.nn import functional as F
 
 from zo_lightning import Classifier, Objective, SmallCNN, ZerothOrder
-from zo_lightning.cli_errors import UserError
 from zo_lightning.replay.archive import export
 from zo_lightning.replay.command import export_command, replay_command
 from zo_lightning.replay.rebuild import FOLDER, STEPS
 from zo_lightning.replay.start import CannotReplay, Start
 from zo_lightning.step_log import Step, StepLog
+from zo_lightning.user_errors import UserError
 
 NET = {"class_path": "zo_lightning.SmallCNN"}
 

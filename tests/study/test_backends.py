@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.study.stand_in import run, study
-from zo_lightning.cli_errors import UserError
+from zo_lightning.user_errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

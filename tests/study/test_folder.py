@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.study.stand_in import study
-from zo_lightning.cli_errors import UserError
 from zo_lightning.study.folder import claim, read_declaration
 from zo_lightning.study.grid import Method, Study
+from zo_lightning.user_errors import UserError
 
 
 class TestClaim:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zo_lightning.cli_errors import UserError
 from zo_lightning.study.grid import Study, first_difference, read_study, slug
+from zo_lightning.user_errors import UserError
 
 DECLARED = """
 base: base.yaml

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zo_lightning.cli_errors import UserError
 from zo_lightning.study.minima import _without_code, line_between, sharpness
+from zo_lightning.user_errors import UserError
 
 
 def quadratic(weights: dict[str, Tensor]) -> tuple[float, float]:

@@ -40,7 +40,8 @@ def test_all_figures_are_written(report: Path) -> None:
 
 def test_page_is_self_contained_and_holds_all_figures(report: Path) -> None:
     page = (report / "report.html").read_text()
-    assert page.count('<img src="data:image/svg+xml;base64,') == len(FIGURES)
+    assert page.count("<figure id=") == len(FIGURES)
+    assert page.count('<img src="data:image/svg+xml;base64,') > len(FIGURES)  # a panel each
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "Not drawn" not in page
     assert "8 of 8 cells are finished" in page
@@ -146,15 +147,33 @@ def test_foreign_output_is_refused(finished: Path, tmp_path: Path, monkeypatch: 
     assert main(["report", "lightning_logs/tiny", "--output", str(tmp_path / "thesis.txt")]) == 2
 
 
-def test_page_in_a_browser(report: Path) -> None:
-    """Every figure loads, nothing is wider than the page, and the console stays silent."""
+def test_what_came_out_is_said_first(report: Path) -> None:
+    page, summary = (report / "report.html").read_text(), (report / "summary.md").read_text()
+    assert page.index("What came out") < page.index("<nav>") < page.index("<table")
+    assert summary.index("## What came out") < summary.index("| net |")
+    verdict = r"\*\*(Yes|No|Undecided|Depends on d)\*\*"
+    assert re.search(
+        rf"- ZO-AdaMM ends less accurate than FO-AdaMM\. {verdict}: accuracy − FO-AdaMM's: [-+]0\.", summary
+    )
+    assert len(re.findall(verdict, summary)) == page.count('<b class="verdict') == 4
+
+
+@pytest.mark.parametrize("width", [1400, 400])
+def test_page_in_a_browser(report: Path, width: int) -> None:
+    """Every panel loads, is wide enough to be read and no wider than the page; the console stays silent."""
     driver = chromium()
     try:
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         driver.get((report / "report.html").as_uri())
         loaded = driver.execute_script(
-            "return [...document.images].map(i => i.complete && i.naturalWidth > 0 && i.offsetWidth > 100)"
+            "return [...document.images].map(i => i.complete && i.naturalWidth > 0 && i.offsetWidth >= 300)"
         )
-        assert loaded == [True] * len(FIGURES)
+        assert len(loaded) > len(FIGURES) and all(loaded)
+        # Letters are of 8 points or more in the drawing, 10.7 pixels at its own size.
+        shrunk = driver.execute_script("return Math.min(...[...document.images].map(i => i.width / i.naturalWidth))")
+        assert shrunk * 10.7 >= 7.5
+        assert driver.execute_script("return document.getElementById('claims').getBoundingClientRect().top") < 900
         assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
         assert driver.get_log("browser") == []
         assert "tiny" in driver.title

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from tests.study.conftest import copied
-from zo_lightning.cli_errors import UserError
 from zo_lightning.study.results import published, read_results
+from zo_lightning.user_errors import UserError
 
 
 def test_damaged_cells_are_missing_and_nowhere_else(finished: Path, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from tests.study.stand_in import fake_fit, run, study
-from zo_lightning.cli_errors import UserError
 from zo_lightning.study.folder import FINISHED, is_finished
 from zo_lightning.study.grid import Cell
 from zo_lightning.study.runs import Outcome, own_overlay, run_cell
+from zo_lightning.user_errors import UserError
 
 
 def test_finished_cells_are_not_run_again_and_broken_ones_are(folder: Path) -> None:

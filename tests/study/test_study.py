@@ -22,11 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.study.conftest import DECLARED
 from zo_lightning.__main__ import main
-from zo_lightning.cli_errors import UserError
 from zo_lightning.snapshots import read_snapshots
 from zo_lightning.study.grid import Method, Study
 from zo_lightning.study.plan import check
 from zo_lightning.study.results import Results, read_results
+from zo_lightning.user_errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = Path("lightning_logs", "tiny")

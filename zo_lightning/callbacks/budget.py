@@ -31,12 +31,12 @@ class Budget(Callback):
     three), ``budget/examples``, ``budget/seconds`` (since the start, validation included), ``budget/peak_memory_mb`` (of
     the GPU, or of the process) and ``budget/steps_per_second``.
 
-    In TensorBoard each scalar of the run, whoever logs it, appears a second time as ``by_flops/<tag>``, whose horizontal
+    In TensorBoard each scalar of the run, whoever logs it, appears a second time as ``vs_flops/<tag>``, whose horizontal
     axis is what the run has spent, so that methods are compared at equal cost; other loggers have the columns for that.
 
     Args:
         axis: what that axis shows: ``"flops"``, in millions; ``"forward_passes"``, where the loss is no net of PyTorch
-            and calls of it are what is scarce; or ``"seconds"``. The tag is ``by_<axis>``.
+            and calls of it are what is scarce; or ``"seconds"``. The tag is ``vs_<axis>``.
         measure_flops: False leaves a module in automatic optimization unwatched, should watching harm it; an
             ``EstimatedGradient`` and ``GradientFree`` count by themselves.
 
@@ -170,7 +170,7 @@ class _AgainstCost(Logger):
         for writer in tensorboards(self._trainer):
             for tag, value in metrics.items():
                 if tag not in ("epoch", f"budget/{axis}"):
-                    writer.add_scalar(f"by_{axis}/{tag}", value, round(spent))
+                    writer.add_scalar(f"vs_{axis}/{tag}", value, round(spent))
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         pass

@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from torchmetrics import Metric
 
-from zo_lightning.cli_errors import UserError
+from zo_lightning.user_errors import UserError
 from zo_lightning.curves import mark
 from zo_lightning.progress import Point, go_on, settle
 from zo_lightning.random_states import random_states, set_random_states

@@ -145,30 +145,33 @@ class FilterProjection(Callback):
 
 def trajectories_figure(title: str, paths: Sequence[Trajectory]) -> Any:
     """A matplotlib ``Figure`` of all filters by PCA and by t-SNE, a colour per filter; ring: start, cross: end."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+
+    from zo_lightning.palette import COLOURS  # slow to import, as all of these
 
     panels = {"PCA": project(paths, pca)}
     if sum(path.filters[..., 0].size for path in paths) > 10:
         panels["t-SNE"] = project(paths, tsne)
-    figure = Figure(figsize=(4 * len(panels), 3.8), dpi=140, layout="constrained")
-    filters = max(path.filters.shape[1] for path in paths)
-    colours = colormaps["tab10" if filters <= 10 else "tab20"]
-    start: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 9, "markerfacecolor": "white"}
-    end: dict[str, Any] = {"linestyle": "", "marker": "X", "markersize": 9, "markeredgecolor": "black"}
+    # TensorBoard shows a picture some 350 pixels wide: small inches make letters that can still be read there.
+    figure = Figure(figsize=(max(3.0, 2.3 * len(panels)), 2.9), dpi=200, layout="constrained")
+    start: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 5.5, "markerfacecolor": "white"}
+    end: dict[str, Any] = {"linestyle": "", "marker": "X", "markersize": 5.5, "markeredgecolor": "black"}
     styles = dict(zip((path.run for path in paths), ("-", "--", ":"), strict=False))
     for axes, (method, planes) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
         for path, plane in zip(paths, planes, strict=True):
             for index, way in enumerate(plane.swapaxes(0, 1)):
-                colour = {"color": colours(index % colours.N)}
+                colour = {"color": COLOURS[index % len(COLOURS)]}
                 line = {"linestyle": styles[path.run], "linewidth": 1, "markersize": 3, **colour}
                 draw(axes, way, {**start, **colour}, {**end, **colour}, **line)
-        axes.set(title=f"{title}: {method}", xticks=[], yticks=[])
+        axes.set(xticks=[], yticks=[])
+        axes.set_xlabel(f"{method}, first axis", fontsize=11)
+        axes.set_ylabel(f"{method}, second axis", fontsize=11)
     entries: dict[str, dict[str, Any]] = {run: {"linestyle": style} for run, style in styles.items()}
     entries |= {"start": {**start, "markersize": 8}, "end": {**end, "markersize": 8}}
-    marks = [Line2D([], [], color="grey", label=label, **style) for label, style in entries.items()]
-    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
+    marks = [Line2D([], [], color="dimgrey", label=label, **style) for label, style in entries.items()]
+    figure.legend(handles=marks, loc="outside lower center", ncols=2, fontsize=10)
+    figure.suptitle(title, fontsize=11)
     return figure
 
 

@@ -33,15 +33,15 @@ _KINDS = ("cosine", "norm_ratio", "expected_cosine")
 class GradientAlignment(Callback):
     """Every n steps, the true gradient of the batch, by backpropagation, beside the estimate that is about to be used.
 
-    Logs ``alignment/cosine/<name>`` and ``alignment/norm_ratio/<name>`` (‖ĝ‖ / ‖g‖), per weight and for ``all``; the
-    cosine that theory predicts, ``alignment/expected_cosine/<name>`` (``measures.expected_cosine``); and for finite
-    differences ``alignment/noise_floor``, the ``mu`` at which rounding errors of the loss make slopes as large as the
-    true ones, and ``alignment/slope_snr``, how far ``mu`` is above it. The rounding errors are measured
+    Logs ``vs_true_gradient/cosine/<name>`` and ``vs_true_gradient/norm_ratio/<name>`` (‖ĝ‖ / ‖g‖), per weight and for ``all``; the
+    cosine that theory predicts, ``vs_true_gradient/expected_cosine/<name>`` (``measures.expected_cosine``); and for finite
+    differences ``vs_true_gradient/noise_floor``, the ``mu`` at which rounding errors of the loss make slopes as large as the
+    true ones, and ``vs_true_gradient/slope_snr``, how far ``mu`` is above it. The rounding errors are measured
     (``measures.loss_noise``), the slopes are ``‖g‖`` for a direction of the whole batch and the root mean square of
     those of the step for one per example. ``mu`` below the floor is warned of.
 
     Each time costs a forward and a backward pass, and seven forward passes for the rounding errors: their seconds so
-    far are ``alignment/seconds``. Training is not affected: weights are bit-identical with and without. Where ``.grad``
+    far are ``vs_true_gradient/seconds``. Training is not affected: weights are bit-identical with and without. Where ``.grad``
     is the true gradient already (automatic optimization, ``Backprop``) it is 1 by construction and nothing is asked
     again. A loss whose gradient cannot be had is said once.
 
@@ -103,7 +103,7 @@ class GradientAlignment(Callback):
             values = _measured(pl_module, driver, objective, estimate, gradient)
         self.seconds += time.perf_counter() - began
         log_scalars(
-            trainer, {f"alignment/{tag}": value for tag, value in values.items()} | {"alignment/seconds": self.seconds}
+            trainer, {f"vs_true_gradient/{tag}": value for tag, value in values.items()} | {"vs_true_gradient/seconds": self.seconds}
         )
 
 

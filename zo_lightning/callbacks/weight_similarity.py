@@ -16,8 +16,8 @@ from zo_lightning.snapshots import read_snapshots, snapshots_by_epoch
 class WeightSimilarity(Callback):
     """Cosine similarity and L2 distance of the weights to another run's at the same epoch, and to their own start.
 
-    Logs ``to_start/cosine/<name>`` and ``to_start/l2/<name>``, and with a reference ``to_reference/cosine/<name>``,
-    ``to_reference/l2/<name>`` and, for convolutions, ``to_reference/matched/<name>``: the cosine after the best
+    Logs ``vs_start/cosine/<name>`` and ``vs_start/l2/<name>``, and with a reference ``vs_reference/cosine/<name>``,
+    ``vs_reference/l2/<name>`` and, for convolutions, ``vs_reference/matched/<name>``: the cosine after the best
     matching of filters, since equal filters may sit in different places. ``<name>`` is a weight's, or ``all``. The
     start is kept with checkpoints, so they grow by the weights.
 
@@ -58,7 +58,7 @@ class WeightSimilarity(Callback):
         """Remember the start, and compare it with the reference's."""
         if trainer.global_step > 0 and self._start is None:
             say_once(
-                f"WeightSimilarity: the checkpoint has no start for it: to_start is from step {trainer.global_step}"
+                f"WeightSimilarity: the checkpoint has no start for it: vs_start is from step {trainer.global_step}"
             )
         if trainer.global_step == 0 or self._start is None:
             self._start = {name: p.detach().cpu().clone() for name, p in pl_module.named_parameters()}
@@ -75,7 +75,7 @@ class WeightSimilarity(Callback):
             return
         assert self._start is not None
         weights = {name: p.detach().cpu() for name, p in module.named_parameters()}
-        values = _compared("to_start", weights, self._start) if epoch else {}
+        values = _compared("vs_start", weights, self._start) if epoch else {}
         if self.reference is not None:
             snapshot = snapshots_by_epoch(self.reference).get(epoch)
             try:  # what was whole in setup may be gone by now: that is no reason to stop a run
@@ -88,7 +88,7 @@ class WeightSimilarity(Callback):
                     f"reference '{self.reference}' has no snapshot of epoch {epoch}: nothing to compare with there"
                 )
             else:
-                values |= _compared("to_reference", weights, other)
+                values |= _compared("vs_reference", weights, other)
                 values |= self._matched(weights, other)
         log_scalars(trainer, values)
 
@@ -97,7 +97,7 @@ class WeightSimilarity(Callback):
         if lost := [name for name in weights if name not in finite]:
             say_once(f"WeightSimilarity matches no filters of {lost[0]}: it, or the reference's, is NaN or infinite")
         values = matched(finite, {name: other[name] for name in finite})
-        return {f"to_reference/matched/{name}": value for name, value in values.items()}
+        return {f"vs_reference/matched/{name}": value for name, value in values.items()}
 
 
 def check_reference(reference: str | Path, weights: Tensors) -> None:

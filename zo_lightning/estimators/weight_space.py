@@ -73,6 +73,7 @@ class WeightSpace(GradientEstimator, ABC):
         state: State,
         lean: bool,
         probes: Callable[[Iterator[Direction]], Iterator[Probe]],
+        shaped: Callable[[], Sequence[float]] | None = None,
     ) -> Estimate:
         """Probe the ``samples`` directions of a step, with the help of other processes where there are any; average.
 
@@ -85,23 +86,33 @@ class WeightSpace(GradientEstimator, ABC):
             state: of the module.
             lean: as for ``estimate``.
             probes: asks for the losses and slopes along directions.
+            shaped: the slopes to take in the place of those, once all directions of this process are probed.
 
         Raises:
             NonFiniteLoss: a loss of any process is NaN or infinite.
+            ValueError: slopes are shaped, and processes split the directions.
         """
         seed = resolve_seed(self.seed)  # that of PyTorch is another one from the first probe on
         drawn = partial(self._drawn, seed, weights, step, state, lean)
         with objective.guard():
-            if world_size() == 1:
+            if world_size() == 1 and shaped is None:
                 return average(weights, probes(drawn(range(self.samples))), self.samples)
             own = self.distributed.own(self.samples)
+            if shaped is not None and len(own) < self.samples:
+                raise ValueError("shaped losses are compared within one process: split the data, not the directions")
             probed: list[Probed] = []
             try:
                 probed.extend((loss, slope) for _, loss, slope in probes(drawn(own)))
-            except NonFiniteLoss as error:  # the others learn of it with the losses
+                if shaped is not None:
+                    probed = [(loss, slope) for (loss, _), slope in zip(probed, shaped(), strict=True)]
+            except NonFiniteLoss as error:
+                if world_size() == 1:
+                    raise
+                # The others learn of it with the losses.
                 probed = [(error.value, error.value)] * len(own)
-            exchanged = self.distributed.exchange(probed, self.samples, weights, seed, step)
-            pairs = zip(drawn(range(self.samples)), exchanged, strict=True)
+            if world_size() > 1:
+                probed = self.distributed.exchange(probed, self.samples, weights, seed, step)
+            pairs = zip(drawn(range(self.samples)), probed, strict=True)
             return average(weights, ((direction, *pair) for direction, pair in pairs), self.samples)
 
     def replay(

@@ -15,6 +15,7 @@ from zo_lightning.estimators.weight_space import Probe, WeightSpace
 from zo_lightning.evaluation import Evaluation, OneByOne
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.state import State
+from zo_lightning.shaping import Shaping
 from zo_lightning.stencils import CentralDifference, Stencil
 
 
@@ -40,10 +41,13 @@ class ZerothOrder(WeightSpace):
             ``ForwardDifference`` q + 1.
         seed: of the directions and of dropout masks; None takes the one given to ``torch.manual_seed`` or
             ``seed_everything``.
+        shaping: what the losses of a step become before slopes are taken, such as ``CentredRanks()``; None leaves them.
+            Directions are then drawn a second time.
         distributed: how several processes share the work of a step.
 
     Raises:
-        ValueError: ``samples`` < 1.
+        ValueError: ``samples`` < 1, or losses are shaped and there are fewer than two directions; in a step, losses are
+            shaped and several processes split the directions.
     """
 
     directions: Directions = field(default_factory=Rademacher)
@@ -51,10 +55,15 @@ class ZerothOrder(WeightSpace):
     evaluation: Evaluation = field(default_factory=OneByOne)
     samples: int = 1
     seed: int | None = None
+    shaping: Shaping | None = None
     distributed: Distributed = field(default_factory=Distributed)
 
     def __post_init__(self) -> None:
         check_samples(self.samples)
+        if self.shaping is not None and self.samples < 2:
+            raise ValueError(
+                f"losses are shaped by comparing directions: take samples of 2 or more, got {self.samples}"
+            )
 
     @property
     def mu(self) -> float:
@@ -72,10 +81,17 @@ class ZerothOrder(WeightSpace):
         objective.begin(mix(resolve_seed(self.seed), step))
         weights = trained(objective, module)
         offsets = self.stencil.offsets
+        known: list[tuple[float, ...]] = []
 
         def probes(directions: Iterator[Direction]) -> Iterator[Probe]:
             for direction, losses in self.evaluation.probes(objective, weights, directions, self.stencil, state):
+                known.append(losses)
                 loss = losses[offsets.index(0.0)] if 0.0 in offsets else fmean(losses)
                 yield direction, loss, self.stencil.slope(losses)
 
-        return self.estimate_along(objective, weights, step, state, lean or self.evaluation.draws, probes)
+        def shaped() -> list[float]:
+            assert self.shaping is not None
+            return [self.stencil.slope(losses) for losses in self.shaping.shaped(known)]
+
+        lean = lean or self.evaluation.draws
+        return self.estimate_along(objective, weights, step, state, lean, probes, shaped if self.shaping else None)

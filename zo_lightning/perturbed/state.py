@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zo_lightning.directions import Direction, Vector
 from zo_lightning.objective import Objective
-from zo_lightning.perturbed.weights import DisplacedWeights, Recent, Value, Weights
+from zo_lightning.perturbed.weights import DisplacedWeights, ExchangedWeights, Points, Recent, Value, Weights
 
 T = TypeVar("T")
 
@@ -27,7 +27,8 @@ class State:
 
     def __init__(self) -> None:
         self.visible: dict[str, bool] = {}
-        self._scratch: dict[str, tuple[Vector, Weights]] = {}
+        self._shown: list[str] = []  # names of the weights, once a pass has shown that nothing has to be watched
+        self._scratch: dict[str, tuple[Vector, int | None, list[Any]]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how a run goes on, as plain containers and tensors."""
@@ -37,16 +38,23 @@ class State:
         """Take up what ``state_dict`` gave."""
         self.visible = dict(state["visible"])
 
-    def run(self, objective: Objective, weights: Weights, value: Value, ask: Callable[[DisplacedWeights], T]) -> T:
+    def run(self, objective: Objective, weights: Weights, value: Value, ask: Callable[[Any], T]) -> T:
         """What ``ask`` returns for the context of a pass in which the uses of the weights see ``value``.
 
         A weight whose use the first pass does not show is not used, or read by code that cannot be watched. From then
-        on it is moved in place; the pass is repeated.
+        on it is moved in place; the pass is repeated. Once a pass has shown the uses of all, and written into nothing,
+        further ones are not watched.
         """
+        if isinstance(value, Points) and self._can_exchange(objective, weights):
+            answer = ask(ExchangedWeights(weights, value))
+            self._shown = [] if objective.has_written else weights.names
+            return answer
         hidden = {k for k, name in enumerate(weights.names) if not self.visible.get(name, k not in weights.opaque)}
         watched = DisplacedWeights(weights, value, hidden, objective.before_write)
         answer = ask(watched)
         new = [k for k, name in enumerate(weights.names) if name not in self.visible]
+        if not objective.has_written and len(watched.seen) == len(weights) and all(map(_is_plain, weights)):
+            self._shown = weights.names
         if not new:
             return answer
         self.visible |= {weights.names[k]: k in watched.seen for k in new}
@@ -54,6 +62,10 @@ class State:
             names = ", ".join(missed[:5]) + (f" and {len(missed) - 5} more" if len(missed) > 5 else "")
             _log.warning("no use of %s shows in a forward pass: moved in place for each, and put back", names)
         return answer if watched.seen | hidden >= set(new) else self.run(objective, weights, value, ask)
+
+    def _can_exchange(self, objective: Objective, weights: Weights) -> bool:
+        shown = self._shown == weights.names and not weights.opaque
+        return shown and not weights.frozen and objective.keeps_inputs()
 
     def loss_at(self, objective: Objective, weights: Weights, value: Value) -> float:
         """The loss where the uses of the weights see ``value``.
@@ -91,7 +103,7 @@ class State:
                 point.requires_grad_()
         for p, u, point in zip(weights.params, direction.held, points, strict=True):
             torch.add(p, u, alpha=distance, out=point)
-        return points.__getitem__
+        return Points(points)
 
     def scratch(self, name: str, weights: Weights, rows: int | None = None) -> Vector:
         """Tensors like the weights, or [rows, ...], whose memory is kept from one step to the next.
@@ -99,19 +111,13 @@ class State:
         Memory that is given back and asked for again comes as new pages, each at the price of a page fault: on a net of
         2.8 million weights those took longer than the arithmetic of the whole step.
         """
-        kept, of = self._scratch.get(name, (None, None))
-        if kept is None or of is not weights:  # of an earlier step
-            if kept is None or not _fits(kept, weights, rows):
-                kept = Vector.like(weights) if rows is None else Vector.stack(weights, rows)
-            self._scratch[name] = kept, weights
+        kept, *like = self._scratch.get(name, (None, None, None))
+        if kept is None or like != [rows, weights.kinds]:
+            kept = Vector.like(weights) if rows is None else Vector.stack(weights, rows)
+            self._scratch[name] = kept, rows, weights.kinds
         return kept
 
 
-def _fits(kept: Vector, weights: Weights, rows: int | None) -> bool:
-    if len(kept) != len(weights) or (rows is not None and len(kept[0]) != rows):
-        return False
-    return all(map(_alike, kept if rows is None else kept.row(0), weights))
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight's data can be exchanged for another tensor."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.layout == torch.strided

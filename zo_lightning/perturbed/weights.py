@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
@@ -25,12 +26,14 @@ class Weights(Sequence[nn.Parameter]):
         params: the weights.
         still: by position, a row that no direction moves, since no use of it is trained: an embedding's padding.
         opaque: positions of weights that compiled code or TorchScript reads, where no pass can be displaced.
+        frozen: whether the module also has weights that do not require a gradient.
     """
 
     names: list[str]
     params: list[nn.Parameter]
     still: dict[int, int] = field(default_factory=dict)
     opaque: frozenset[int] = frozenset()
+    frozen: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> "Weights":
@@ -43,10 +46,15 @@ class Weights(Sequence[nn.Parameter]):
         params: list[nn.Parameter] = []
         padded: list[tuple[int, int]] = []
         opaque: set[int] = set()
+        frozen = False
         owners: dict[int, int] = {}  # by a weight's id
         for prefix, owner in submodules(module):
             for name, p in owner._parameters.items():
-                if p is not None and p.requires_grad and id(p) not in owners:
+                if p is None:
+                    continue
+                if not p.requires_grad:
+                    frozen = True
+                elif id(p) not in owners:
                     names.append(f"{prefix}.{name}" if prefix else name)
                     params.append(p)
                 owners[id(p)] = owners.get(id(p), 0) + 1
@@ -59,11 +67,16 @@ class Weights(Sequence[nn.Parameter]):
             kind = type(module).__name__
             raise ValueError(f"{kind} has no parameter with requires_grad=True: there is nothing to train")
         if not padded and not opaque:
-            return cls(names, params)
+            return cls(names, params, frozen=frozen)
         positions = {id(p): position for position, p in enumerate(params)}
         # A weight that another layer shares is trained there, the padding row too.
         still = {positions[i]: row for i, row in padded if i in positions and owners[i] == 1}
-        return cls(names, params, still, frozenset(positions[i] for i in opaque if i in positions))
+        return cls(names, params, still, frozenset(positions[i] for i in opaque if i in positions), frozen)
+
+    @cached_property
+    def kinds(self) -> list[tuple[Any, ...]]:
+        """What has to be alike for a tensor to hold the numbers of a weight."""
+        return [(p.shape, p.dtype, p.device, p.stride()) for p in self.params]
 
     def __len__(self) -> int:
         return len(self.params)
@@ -175,6 +188,63 @@ class DisplacedWeights(TorchFunctionMode):
         if type(argument) is dict:
             return {key: self._displaced(value) for key, value in argument.items()}
         return argument
+
+
+class Points(list[Tensor]):
+    """What the uses of all weights see, held as a whole: a ``Value``."""
+
+    def __call__(self, position: int) -> Tensor:
+        """What the uses of one weight see."""
+        return self[position]
+
+
+class ExchangedWeights:
+    """Context of a forward pass in which the weights are other tensors: their ``data`` is exchanged, and put back.
+
+    No number is written, and no function of PyTorch is watched, which costs half as much as all that a step of a small
+    net does beside its passes. It is right where an earlier pass with ``DisplacedWeights`` has shown that the uses of
+    all weights are seen, and that the pass writes into nothing that would have to be put back. It computes the same,
+    bit for bit: attention's path for evaluation, which PyTorch does not take where functions are watched, is off.
+
+    Args:
+        weights: plain ones.
+        points: what they are during the pass.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], points: Sequence[Tensor]) -> None:
+        self.weights, self.points = weights, points
+        self._before: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._fast_attention = False
+
+    def __enter__(self) -> Self:
+        """Begin the pass."""
+        self._before = [(w, w.data, w.grad) for w in self.weights]
+        self._fast_attention = mha.get_fastpath_enabled()
+        try:
+            mha.set_fastpath_enabled(False)
+            for (weight, _, gradient), point in zip(self._before, self.points, strict=True):
+                weight.data = point
+                if gradient is not None:  # a loss that differentiates itself would add to it
+                    weight.grad = None
+        except BaseException:
+            self._put_back()
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """End the pass."""
+        try:
+            self._put_back()
+        except BaseException:  # an interrupt amid it
+            self._put_back()
+            raise
+
+    def _put_back(self) -> None:
+        mha.set_fastpath_enabled(self._fast_attention)
+        for weight, data, gradient in self._before:
+            weight.data = data
+            if weight.grad is not gradient:
+                weight.grad = gradient
 
 
 _CONTAINERS = {list, tuple, dict}

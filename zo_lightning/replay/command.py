@@ -2,22 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from zo_lightning.user_errors import CommandParser, UserError
+from zo_lightning.words import OTHERS
 
-from zo_lightning.cli_errors import CommandParser, UserError
-from zo_lightning.replay.archive import Opened, export
-from zo_lightning.replay.rebuild import STEPS, rebuild, trajectory_folder
-from zo_lightning.replay.start import CannotReplay, contiguous, whole
-from zo_lightning.step_log import Step, read_steps, unread
-
-COMMANDS = {
-    "replay": "rebuild the weights of any step of a run from its log, without data or forward passes",
-    "export": "write a run's start and log as one file, to send to a colleague",
-}
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def replay_command(words: list[str]) -> int:
@@ -26,7 +17,7 @@ def replay_command(words: list[str]) -> int:
     Raises:
         UserError: the run has no log, or cannot be replayed to that step; nothing has been written.
     """
-    parser = CommandParser(prog="zo-lightning replay", description=COMMANDS["replay"].capitalize() + ".")
+    parser = CommandParser(prog="zo-lightning replay", description=OTHERS["replay"].capitalize() + ".")
     parser.add_argument("run", type=Path, help="a run's folder, or a file that `export` wrote")
     parser.add_argument("--to", type=int, metavar="STEP", help="optimizer steps done; default: all that were logged")
     parser.add_argument(
@@ -40,7 +31,13 @@ def replay_command(words: list[str]) -> int:
     suffixes = (".safetensors", ".ckpt")
     if options.out is not None and options.out.suffix not in suffixes:
         raise UserError(f"--out '{options.out}' must end in {' or '.join(suffixes)}")
+    from safetensors import SafetensorError  # slow to import, as all of the following
     from tqdm import tqdm
+
+    from zo_lightning.replay.archive import Opened
+    from zo_lightning.replay.rebuild import STEPS, rebuild, trajectory_folder
+    from zo_lightning.replay.start import whole
+    from zo_lightning.step_log import unread
 
     try:
         with Opened(options.run, options.trust) as folder:
@@ -71,11 +68,14 @@ def export_command(words: list[str]) -> int:
     Raises:
         UserError: the run has no log, or the file cannot be written.
     """
-    parser = CommandParser(prog="zo-lightning export", description=COMMANDS["export"].capitalize() + ".")
+    parser = CommandParser(prog="zo-lightning export", description=OTHERS["export"].capitalize() + ".")
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: <run's name>.zorun in the working directory")
     parser.add_argument("--weights", action="store_true", help="the start's weights too, where a seed would make them")
     options = parser.parse_args(words)
+    from zo_lightning.replay.archive import export
+    from zo_lightning.replay.start import CannotReplay
+
     out = options.out or Path(f"{options.run.resolve().name}.zorun")
     try:
         size = export(options.run, out, options.weights)
@@ -86,11 +86,19 @@ def export_command(words: list[str]) -> int:
 
 
 def _steps(run: Path) -> int:
+    from zo_lightning.replay.rebuild import STEPS, trajectory_folder
+    from zo_lightning.step_log import Step, read_steps
+
     records = read_steps(trajectory_folder(run) / STEPS)
     return sum(isinstance(record, Step) and record.stepped for record in records)
 
 
-def _write(path: Path, suffix: str, tensors: dict[str, Tensor]) -> None:
+def _write(path: Path, suffix: str, tensors: "dict[str, Tensor]") -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from zo_lightning.replay.start import contiguous
+
     if suffix == ".safetensors":
         save_file(contiguous(tensors), path)
     else:

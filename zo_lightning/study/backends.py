@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, Literal, Protocol, TypeVar, cast
 
-from zo_lightning.cli_errors import UserError
+from zo_lightning.user_errors import UserError
 
 Backend = Literal["loky", "dask", "ray"]
 T = TypeVar("T")

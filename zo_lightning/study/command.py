@@ -6,22 +6,21 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zo_lightning.cli_errors import CommandParser, UserError
 from zo_lightning.presets import find
 from zo_lightning.study.folder import claim, is_finished, seconds_of
 from zo_lightning.study.grid import Cell, Study, read_study
-from zo_lightning.study.runs import Fit, Outcome, run_cells
+from zo_lightning.user_errors import CommandParser, UserError
+from zo_lightning.words import OTHERS
+
+if TYPE_CHECKING:
+    from zo_lightning.study.runs import Fit, Outcome
 
 LOGS = Path("lightning_logs")
-COMMANDS = {
-    "study": "train a grid of methods, nets and seeds, and go on where it was stopped",
-    "report": "figures, tables and one page from a study's runs",
-}
 
 
-def study(words: list[str], fit: Fit) -> int:
+def study(words: list[str], fit: "Fit") -> int:
     """Run the command line of ``study``; return its exit code: 0, 1 where a cell failed, 130 where it was stopped.
 
     Raises:
@@ -31,7 +30,8 @@ def study(words: list[str], fit: Fit) -> int:
     declared = read_study(find(options.config), _fit_options(rest))
     jobs = options.jobs or os.cpu_count() or 1
     folder = LOGS / declared.name
-    from zo_lightning.study.plan import check, estimate
+    from zo_lightning.study.plan import check, estimate  # slow to import
+    from zo_lightning.study.runs import run_cells
 
     sizes = check(declared, fit)
     if options.dry_run:
@@ -59,13 +59,13 @@ def study(words: list[str], fit: Fit) -> int:
     return _print_outcomes(outcomes, folder, len(cells))
 
 
-def report(words: list[str], fit: Fit) -> int:
+def report(words: list[str], fit: "Fit") -> int:
     """Run the command line of ``report``; return its exit code. ``fit`` is asked for 0 epochs: it builds nets and data.
 
     Raises:
         UserError: there is nothing to report on.
     """
-    parser = CommandParser(prog="zo-lightning report", description=COMMANDS["report"].capitalize() + ".")
+    parser = CommandParser(prog="zo-lightning report", description=OTHERS["report"].capitalize() + ".")
     parser.add_argument("folder", type=Path, help="a study's folder, such as lightning_logs/smoke")
     parser.add_argument("--output", type=Path, help="where the report is written; default: <folder>/report")
     parser.add_argument("--trust", action="store_true", help="import the classes that the runs' configurations name")
@@ -87,7 +87,7 @@ def _say(what: str) -> None:
 def _study_parser() -> CommandParser:
     parser = CommandParser(
         prog="zo-lightning study",
-        description=COMMANDS["study"].capitalize() + ".",
+        description=OTHERS["study"].capitalize() + ".",
         epilog="Further options, such as --data.root data, are given to every run as they would be to `fit`.",
         allow_abbrev=False,
     )
@@ -127,7 +127,7 @@ def _print_plan(study: Study, folder: Path, sizes: dict[str, int], seconds: dict
 
 
 class _Progress:
-    """A bar over cells, with the time left by how long the like of them took."""
+    """A bar over cells, with the time left by how long the like of them took; where no terminal is, a line per cell."""
 
     def __init__(self, cells: list[Cell], folder: Path, jobs: int) -> None:
         self.left: dict[Path, Cell] = {}
@@ -144,13 +144,14 @@ class _Progress:
         from tqdm import tqdm
 
         form = "{n_fmt}/{total_fmt} cells |{bar}| {elapsed} so far{postfix}"
-        self.bar = tqdm(total=self.total, initial=self.total - len(self.left), bar_format=form, unit="cell")
+        done = self.total - len(self.left)
+        self.bar = tqdm(total=self.total, initial=done, bar_format=form, unit="cell", disable=None)
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
 
-    def report(self, outcome: Outcome) -> None:
+    def report(self, outcome: "Outcome") -> None:
         """Count a cell."""
         cell = outcome.cell
         self.left.pop(cell.folder, None)
@@ -158,7 +159,11 @@ class _Progress:
             self.seconds[cell.method, cell.net].append(outcome.seconds)
         else:
             self.bar.write(f"failed: {cell}: {outcome.error}", file=sys.stderr)
-        self.bar.set_postfix_str(f"about {duration(self._seconds_left())} left", refresh=False)
+        left = f"about {duration(self._seconds_left())} left"
+        if self.bar.disable:
+            done = self.total - len(self.left)
+            print(f"{done} of {self.total} cells: {cell}, {duration(outcome.seconds)}; {left}", file=sys.stderr)
+        self.bar.set_postfix_str(left, refresh=False)
         self.bar.update()
 
     def _seconds_left(self) -> float:
@@ -167,7 +172,7 @@ class _Progress:
         return sum(means.get((cell.method, cell.net), overall) for cell in self.left.values()) / self.jobs
 
 
-def _print_outcomes(outcomes: list[Outcome], folder: Path, total: int) -> int:
+def _print_outcomes(outcomes: "list[Outcome]", folder: Path, total: int) -> int:
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     print(f"{total - len(failed)} of {total} cells are finished; the report: zo-lightning report {folder}")
     for outcome in failed:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from zo_lightning.cli_errors import UserError
 from zo_lightning.locks import locked
 from zo_lightning.study.grid import Cell, Study, first_difference, read_yaml
+from zo_lightning.user_errors import UserError
 
 DECLARATION = "study.yaml"
 FINISHED = "finished.yaml"  # a run's folder holds it when, and only when, the run is complete

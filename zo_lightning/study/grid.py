@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from zo_lightning.cli_errors import UserError
 from zo_lightning.presets import find
+from zo_lightning.user_errors import UserError
 from zo_lightning.yaml_files import read_text
 
 Overlay = dict[str, Any]

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zo_lightning.checkpoint_io import DamagedCheckpoint, load_checked
-from zo_lightning.cli_errors import UserError
 from zo_lightning.study.grid import read_yaml
 from zo_lightning.study.results import Results
 from zo_lightning.study.runs import Fit, printing_to
 from zo_lightning.study.weights import Progress, pairs
+from zo_lightning.user_errors import UserError
 
 EXAMPLES = 1024
 POSITIONS = np.linspace(-0.25, 1.25, 31)

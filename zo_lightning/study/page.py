@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from zo_lightning.study.claims import claims_of
 from zo_lightning.study.results import Results
 from zo_lightning.study.sections import Section
 
@@ -12,6 +13,10 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 _TABLE_NOTE = (
     "Means over seeds with their 95 % confidence interval (Student's t) in brackets. The difference to the reference "
     "is paired by seed."
+)
+_CLAIMS_NOTE = (
+    "In brackets: 95 % intervals over seeds, paired by seed, each for itself. "
+    "A claim is undecided where its intervals leave more than one answer."
 )
 _PUBLISHED_NOTE = " Published: mean of 10 runs, after the same epoch."
 
@@ -29,6 +34,8 @@ def html(results: Results, table: pd.DataFrame, sections: list[Section]) -> str:
     return template.render(
         name=results.study.name,
         overview=_overview(results),
+        claims=claims_of(results),
+        claims_note=_CLAIMS_NOTE,
         diverged=_diverged(results) if results.diverged else "",
         missing=_missing(results),
         sections=sections,
@@ -41,6 +48,10 @@ def html(results: Results, table: pd.DataFrame, sections: list[Section]) -> str:
 def markdown(results: Results, table: pd.DataFrame, sections: list[Section]) -> str:
     """The summary, which shows the figures that lie beside it as PNG."""
     lines = [f"# Study {results.study.name}", "", _overview(results), ""]
+    if claims := claims_of(results):
+        lines += ["## What came out", ""]
+        lines += [f"- {claim.sentence} **{claim.verdict.capitalize()}**: {claim.numbers}." for claim in claims]
+        lines += ["", _CLAIMS_NOTE, ""]
     if results.diverged:
         lines += [_diverged(results), ""]
     if results.missing:
@@ -50,7 +61,7 @@ def markdown(results: Results, table: pd.DataFrame, sections: list[Section]) -> 
     lines += ["", _table_note(results), ""]
     for section in sections:
         lines += [f"## {section.title}", "", section.answer, ""]
-        lines += [f"![{one.caption}]({one.name}.png)" for one in section.figures if one.source] + [""]
+        lines += [f"![{one.caption}]({one.name}.png)" for one in section.figures if one.panels] + [""]
         lines += [f"Not drawn ({one.name}): {one.reason}." for one in section.figures if one.reason]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -12,9 +12,9 @@ import yaml
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from zo_lightning.cli_errors import UserError
 from zo_lightning.study.grid import Cell, Study
 from zo_lightning.study.runs import Fit, parameters, printing_to, words_of
+from zo_lightning.user_errors import UserError
 
 _STEPS = 10
 _WARM_UP = 2

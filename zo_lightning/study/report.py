@@ -10,15 +10,16 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
-from zo_lightning.cli_errors import UserError
 from zo_lightning.study.answers import final_table
 from zo_lightning.study.figures import NothingToDraw
+from zo_lightning.study.figures.panels import legend, split
 from zo_lightning.study.minima import LINE, SHARPNESS, measure_minima
 from zo_lightning.study.page import html, markdown
 from zo_lightning.study.results import COLUMNS, read_results, write_results
 from zo_lightning.study.runs import Fit
 from zo_lightning.study.sections import Drawing, minima_section, sections_of
 from zo_lightning.study.weights import Progress, similarity
+from zo_lightning.user_errors import UserError
 
 PAGE = "report.html"
 
@@ -68,13 +69,15 @@ def _draw(drawing: Drawing, output: Path, writer: Any) -> None:
             figure.savefig(svg, format="svg", metadata={"Date": None})
             figure.set_layout_engine("none")  # laid out once is enough
             figure.savefig(output / f"{drawing.name}.png", dpi=130)
+            panels = split(figure)
+            drawing.legend = legend(figure)
     except NothingToDraw as nothing:
         drawing.reason = str(nothing)
         for old in ("png", "svg"):  # of an earlier report
             (output / f"{drawing.name}.{old}").unlink(missing_ok=True)
         return
     (output / f"{drawing.name}.svg").write_bytes(svg.getvalue())
-    drawing.source = "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode()
+    drawing.panels = ["data:image/svg+xml;base64," + base64.b64encode(panel).decode() for panel in panels]
     if drawing.key:
         writer.add_figure(f"study/{drawing.name}", figure, close=False)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from zo_lightning.cli_errors import UserError
 from zo_lightning.study.folder import FINISHED, is_finished, read_declaration
 from zo_lightning.study.grid import Cell, Study
 from zo_lightning.study.runs import FAILED
+from zo_lightning.user_errors import UserError
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 # What the published study calls its methods, and what they are called here.

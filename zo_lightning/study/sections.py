@@ -8,19 +8,21 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from zo_lightning.study import answers, figures
+from zo_lightning.study.figures.panels import Sample
 from zo_lightning.study.grid import slug
 from zo_lightning.study.results import Results
 
 
 @dataclass
 class Drawing:
-    """A figure of the page: how it is drawn, and where it is once it is."""
+    """A figure of the page: how it is drawn, and its panels as addresses of images once it is."""
 
     name: str
     draw: Callable[[], Figure]
     caption: str
     key: bool = False
-    source: str = ""
+    panels: list[str] = field(default_factory=list)
+    legend: list[Sample] = field(default_factory=list)
     reason: str = ""
 
 
@@ -39,8 +41,8 @@ def sections_of(results: Results, similar: pd.DataFrame) -> list[Section]:
     ref, seed = results.study.reference, results.cells[0].seed
     curve = partial(figures.learning_curves, results)
     cost = "flops" if results.table["flops"].notna().all() else "forward_passes"
-    published = ", published means dotted" if results.published is not None else ""
-    over = f"Mean ± standard deviation over seeds{published}."
+    dotted = " Dotted: published, same epoch." if results.published is not None else ""
+    over = f"Mean ± standard deviation over seeds.{dotted}"
     return [
         Section(
             "curves",
@@ -53,7 +55,8 @@ def sections_of(results: Results, similar: pd.DataFrame) -> list[Section]:
                 Drawing(
                     "final_accuracy",
                     lambda: figures.final_accuracy(results),
-                    "Validation accuracy after the last epoch against the number of weights.",
+                    "Validation accuracy after the last epoch against the number of weights. "
+                    f"Bars: 95 % interval of the mean over seeds; dots: seeds.{dotted}",
                     key=True,
                 ),
             ],
@@ -77,8 +80,9 @@ def sections_of(results: Results, similar: pd.DataFrame) -> list[Section]:
                 Drawing(
                     "exponent",
                     lambda: figures.slowdown_exponent(results),
-                    "Left: ratio of the validation losses against d, every seed a dot, with the fitted power of d. "
-                    "Right: the fitted exponent over training.",
+                    "First: ratio of the validation losses against d after the last epoch that all runs have, every "
+                    "seed a mark, with the fitted power of d; grey and dotted: published. Second: the fitted exponent "
+                    "over training; band: 95 % bootstrap over seeds, dashed: 1/2.",
                     key=True,
                 ),
             ],
@@ -87,7 +91,14 @@ def sections_of(results: Results, similar: pd.DataFrame) -> list[Section]:
             "time",
             "4. Time",
             answers.time(results),
-            [Drawing("epoch_time", lambda: figures.epoch_time(results), "Training steps only, without validation.")],
+            [
+                Drawing(
+                    "epoch_time",
+                    lambda: figures.epoch_time(results),
+                    "Training steps only, without validation. Line: median over epochs and seeds; "
+                    f"band: 10 % to 90 %.{dotted}",
+                )
+            ],
         ),
         Section(
             "weights", f"5. Weights against {ref}'s", answers.weights(results, similar), _weights(results, similar)
@@ -144,7 +155,14 @@ def minima_section(results: Results, line: pd.DataFrame, around: pd.DataFrame, u
         draw = partial(figures.minima_line, results, line, quantity)
         section.figures.append(Drawing(f"line_{quantity}", draw, caption + "Mean ± standard deviation over seeds."))
     draw = partial(figures.sharpness_by_size, results, around)
-    section.figures.append(Drawing("sharpness", draw, "Filter-normalised sharpness."))
+    section.figures.append(
+        Drawing(
+            "sharpness",
+            draw,
+            "Rise of the training loss under noise of 10 % of each filter's norm. "
+            "Mean ± standard deviation over seeds.",
+        )
+    )
     return section
 
 

@@ -9,11 +9,11 @@ from zo_lightning.study.figures.style import (
     aside,
     band,
     finish,
+    label_panels,
     panel_grid,
     panel_legend,
     plain_log_ticks,
     rows_of,
-    share_labels,
     size_title,
     style_of,
 )
@@ -42,11 +42,11 @@ def minima_line(results: Results, line: pd.DataFrame, quantity: str) -> Figure:
         for end in (0, 1):
             axes.axvline(end, color="grey", lw=0.8, ls=":")
         axes.set_title(size_title(net, d), fontsize=9)
-        if quantity == "loss":
-            axes.set_yscale("log")
-            plain_log_ticks(axes.yaxis)
+    if quantity == "loss":
+        panels[0].set_yscale("log")  # of all panels: they share the axis
+        plain_log_ticks(panels[0].yaxis)
     label = "training loss [nats]" if quantity == "loss" else "training accuracy"
-    share_labels(figure, f"position on the line (0: {results.study.reference}, 1: the other method)", label)
+    label_panels(panels, f"position on the line (0: {results.study.reference}, 1: the other method)", label)
     panel_legend(figure, panels)
     return figure
 
@@ -55,7 +55,7 @@ def sharpness_by_size(results: Results, around: pd.DataFrame) -> Figure:
     """By how much noise on the weights raises the training loss, where each method has ended, against d."""
     if around.empty:
         raise NothingToDraw("no run has its last weights")
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(5.4, 4), layout="constrained")
     axes = figure.subplots()
     for method in results.methods:
         beside = aside(results, method)
@@ -66,6 +66,5 @@ def sharpness_by_size(results: Results, around: pd.DataFrame) -> Figure:
                 curve["d"] * beside, curve["mean"], error, label=method, capsize=3, ms=5, **style_of(results, method)
             )
     axes.set(xscale="log", xlabel=SIZE, ylabel="rise of the training loss [nats]")
-    axes.set_title("under noise of 10 % of each filter's norm; mean ± standard deviation over seeds", fontsize=9)
     finish(axes, outside=figure)
     return figure

@@ -4,19 +4,17 @@ from collections.abc import Mapping
 from itertools import cycle, islice
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from zo_lightning.palette import COLOURS, MARKERS, ordered
 from zo_lightning.study.results import Results
 
-# Okabe and Ito's, for every kind of colour vision; beside it, markers and dashes tell the methods apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SIZE = "number of weights d"
 
 
@@ -44,8 +42,7 @@ def aside(results: Results, method: str) -> float:
 
 def size_colours(results: Results) -> dict[str, Any]:
     """A colour for each net, the darker the smaller."""
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(results.nets)))
-    return dict(zip(results.nets, colours, strict=True))
+    return dict(zip(results.nets, ordered(len(results.nets)), strict=True))
 
 
 def size_title(net: str, d: int) -> str:
@@ -53,18 +50,18 @@ def size_title(net: str, d: int) -> str:
     return f"{net.partition(' ')[0]}, d = {d:,}"
 
 
-def panel_grid(results: Results) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each net, smallest first."""
+def panel_grid(results: Results, share: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each net, smallest first; they have one vertical axis, or each has its own."""
     count = len(results.nets)
     columns = min(4, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(max(5.5, 3.1 * columns), 2.6 * rows + 0.9), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure = Figure(figsize=(max(4.0, 3.3 * columns), 2.8 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=share).ravel()
     for axes in grid[count:]:
         axes.set_visible(False)
     for axes in grid[:count]:
         axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(labelsize=8, labelleft=True)
     return figure, list(grid[:count])
 
 
@@ -77,10 +74,11 @@ def band(axes: Axes, x: np.ndarray, curve: pd.DataFrame, **style: Any) -> None:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.18, lw=0)
 
 
-def share_labels(figure: Figure, x: str, y: str) -> None:
-    """Label the axes of all panels together."""
-    figure.supxlabel(x, fontsize=10)
-    figure.supylabel(y, fontsize=10)
+def label_panels(panels: list[Axes], x: str, y: str) -> None:
+    """Label the axes of every panel, each of which may be looked at alone."""
+    for axes in panels:
+        axes.set_xlabel(x, fontsize=8)
+        axes.set_ylabel(y, fontsize=8)
 
 
 def method_legend(figure: Figure, results: Results, extra: Mapping[str, Any], **override: Any) -> None:
@@ -91,20 +89,24 @@ def method_legend(figure: Figure, results: Results, extra: Mapping[str, Any], **
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9)
 
 
-def panel_legend(figure: Figure, panels: list[Axes]) -> None:
-    """A legend above the panels of what is drawn in any of them."""
-    entries = {label: h for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+def panel_legend(figure: Figure, panels: list[Axes], extra: Mapping[str, Any] | None = None) -> None:
+    """A legend above the panels of what is drawn in any of them, and of ``extra`` lines."""
+    entries = {label: _line(h) for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    entries |= {label: Line2D([], [], **style) for label, style in (extra or {}).items()}
     figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(7, len(entries)), fontsize=9)
 
 
 def finish(axes: Axes, outside: Figure | None = None) -> None:
-    """Add the grid and the legend, which is in the axes or beside them in the figure ``outside``."""
+    """Add the grid and the legend, which is in the axes or above them in the figure ``outside``."""
     axes.grid(alpha=0.3)
     if outside is None:
         axes.legend(fontsize=8)
     else:
-        handles, names = axes.get_legend_handles_labels()
-        outside.legend(handles, names, loc="outside right center", fontsize=8)
+        panel_legend(outside, [axes])
+
+
+def _line(handle: Any) -> Any:
+    return handle[0] if isinstance(handle, ErrorbarContainer) else handle
 
 
 def whole_epochs(axes: Axes) -> None:

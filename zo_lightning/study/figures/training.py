@@ -12,11 +12,12 @@ from zo_lightning.study.figures.style import (
     aside,
     band,
     finish,
+    label_panels,
     method_legend,
     panel_grid,
+    panel_legend,
     plain_log_ticks,
     rows_of,
-    share_labels,
     size_colours,
     size_title,
     style_of,
@@ -36,8 +37,12 @@ LABELS = {
 }
 
 
+_DOTTED = {"published (mean of 10)": {"color": "dimgrey", "lw": 0.9, "ls": ":"}}
+"""What legends say of the published curves."""
+
+
 def learning_curves(results: Results, quantity: str, against: str = "epoch") -> Figure:
-    """A quantity over training, one panel per size: mean ± standard deviation over seeds, published means thin."""
+    """A quantity over training, one panel per size: mean ± standard deviation over seeds, published means dotted."""
     figure, panels = panel_grid(results)
     published_drawn = False
     for axes, (net, d) in zip(panels, results.nets.items(), strict=True):
@@ -58,17 +63,16 @@ def learning_curves(results: Results, quantity: str, against: str = "epoch") -> 
                 axes.plot(theirs["epoch"], theirs[f"{quantity}_mean"], color=style["color"], lw=0.9, ls=":", zorder=1)
                 published_drawn = True
         axes.set_title(size_title(net, d), fontsize=9)
-        if "loss" in quantity:
-            axes.set_yscale("log")
-            plain_log_ticks(axes.yaxis)
         if against == "epoch":
             whole_epochs(axes)
         else:
             axes.set_xscale("log")
             plain_log_ticks(axes.xaxis, (1, 2, 5))
-    share_labels(figure, LABELS[against], LABELS[quantity])
-    extra = {"published (mean of 10)": {"color": "grey", "lw": 0.9, "ls": ":"}} if published_drawn else {}
-    method_legend(figure, results, extra)
+    if "loss" in quantity:
+        panels[0].set_yscale("log")  # of all panels: they share the axis
+        plain_log_ticks(panels[0].yaxis)
+    label_panels(panels, LABELS[against], LABELS[quantity])
+    method_legend(figure, results, _DOTTED if published_drawn else {})
     return figure
 
 
@@ -98,7 +102,7 @@ def slowdown_exponent(results: Results) -> Figure:
     compared = _compared(results)
     if compared["d"].nunique() < 2:
         raise NothingToDraw("an exponent needs two sizes at least")
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(9.4, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     start, last = np.nan, 0
     for method in results.others:
@@ -130,14 +134,12 @@ def slowdown_exponent(results: Results) -> Figure:
         then = theirs[theirs["epoch"] == min(last, int(theirs["epoch"].max()))]
         found = exponent(then["d"].to_numpy(), then["ratio"].to_numpy())
         label = f"ZO-AdaMM, published, epoch {then['epoch'].iloc[0]}: α = {found.value:.2f}"
-        left.plot(then["d"], then["ratio"], color="grey", lw=0.9, ls=":", marker=".", label=label, zorder=1)
+        left.plot(then["d"], then["ratio"], color="dimgrey", lw=0.9, ls=":", marker=".", label=label, zorder=1)
     left.set(xscale="log", yscale="log", xlabel=SIZE, ylabel=f"validation loss: method / {results.study.reference}")
     plain_log_ticks(left.yaxis)
-    left.set_title("after the last epoch that all runs have", fontsize=9)
     right.axhline(0.5, color="black", ls="--", lw=1)
     right.axhline(0, color="grey", lw=0.8)
     right.set(xlabel="epoch", ylabel="exponent α")
-    right.set_title("band: 95 % bootstrap over seeds; dashed: 1/2", fontsize=9)
     whole_epochs(right)
     finish(left)
     finish(right)
@@ -146,7 +148,7 @@ def slowdown_exponent(results: Results) -> Figure:
 
 def final_accuracy(results: Results) -> Figure:
     """Validation accuracy after the last epoch against d: every seed, and the 95 % interval of the mean."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(5.4, 4), layout="constrained")
     axes = figure.subplots()
     last = final(results.table)
     for method in results.methods:
@@ -163,14 +165,13 @@ def final_accuracy(results: Results) -> Figure:
         if not theirs.empty:
             axes.plot(theirs["d"], theirs["val_accuracy_mean"], color=style["color"], lw=0.9, ls=":", zorder=1)
     axes.set(xscale="log", xlabel=SIZE, ylabel="validation accuracy")
-    axes.set_title("bars: 95 % interval of the mean over seeds; dots: seeds" + _dotted(results), fontsize=9)
     finish(axes, outside=figure)
     return figure
 
 
 def epoch_time(results: Results) -> Figure:
     """Seconds of an epoch's training steps against d, median over epochs and seeds."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(5.4, 4), layout="constrained")
     axes = figure.subplots()
     for method in results.methods:
         own, style = rows_of(results.table, method=method), style_of(results, method)
@@ -182,7 +183,6 @@ def epoch_time(results: Results) -> Figure:
             axes.plot(theirs["d"], theirs["epoch_seconds_mean"], color=style["color"], lw=0.9, ls=":", zorder=1)
     axes.set(xscale="log", yscale="log", xlabel=SIZE, ylabel="seconds per epoch")
     plain_log_ticks(axes.yaxis)
-    axes.set_title("line: median over epochs and seeds; band: 10 % to 90 %" + _dotted(results), fontsize=9)
     finish(axes, outside=figure)
     return figure
 
@@ -190,9 +190,9 @@ def epoch_time(results: Results) -> Figure:
 def _by_size(results: Results, titles: Mapping[str, str], label: str) -> Figure:
     compared = _compared(results)
     methods = [method for method in results.others if method in set(compared["method"])]
-    size = (4.2 * len(titles) + 1.2, 3.2 * len(methods) + 0.3)
+    size = (4.2 * len(titles), 3.2 * len(methods) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(methods), len(titles), squeeze=False, sharex=True)
+    grid = figure.subplots(len(methods), len(titles), squeeze=False, sharex=True, sharey="col")
     colours = size_colours(results)
     published_drawn = False
     for row, method in zip(grid, methods, strict=True):
@@ -206,17 +206,17 @@ def _by_size(results: Results, titles: Mapping[str, str], label: str) -> Figure:
                 if not theirs.empty:
                     axes.plot(theirs["epoch"], theirs["ratio"], color=colours[net], lw=0.9, ls=":", zorder=1)
                     published_drawn = True
-            axes.set_yscale("log")
-            plain_log_ticks(axes.yaxis)
             axes.set_title(title.format(method=method), fontsize=8)
             axes.grid(alpha=0.3)
-        row[0].set_ylabel(label)
-    for axes in grid[-1]:
-        axes.set_xlabel("epoch")
+            axes.tick_params(labelsize=8, labelbottom=True)
+    for axes in grid[0]:
+        axes.set_yscale("log")  # of the whole column, which shares the axis
+        plain_log_ticks(axes.yaxis)
         whole_epochs(axes)
-    handles, names = grid[0][0].get_legend_handles_labels()
-    title = "published: dotted" if published_drawn else None
-    figure.legend(handles, names, loc="outside right center", fontsize=8, title=title, title_fontsize=8)
+    label_panels(list(grid.ravel()), "epoch", label)
+    panel_legend(
+        figure, [grid[0][0]], {"published": {"color": "dimgrey", "lw": 0.9, "ls": ":"}} if published_drawn else {}
+    )
     return figure
 
 
@@ -248,8 +248,3 @@ def _published_last(results: Results, method: str) -> pd.DataFrame:
     found = [published_at(results, method, d).tail(1) for d in results.nets.values()]
     found = [table for table in found if not table.empty]
     return pd.concat(found) if found else pd.DataFrame()
-
-
-def _dotted(results: Results) -> str:
-    drawn = any(not _published_last(results, method).empty for method in results.methods)
-    return "; dotted: published, same epoch" if drawn else ""

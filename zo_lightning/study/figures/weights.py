@@ -9,18 +9,17 @@ from matplotlib.figure import Figure
 
 from zo_lightning.filters import filter_grid
 from zo_lightning.measures import WHOLE
+from zo_lightning.palette import COLOURS, MARKERS
 from zo_lightning.study.figures.style import (
-    COLOURS,
-    MARKERS,
     SIZE,
     NothingToDraw,
     band,
     finish,
+    label_panels,
     method_legend,
     panel_grid,
     panel_legend,
     rows_of,
-    share_labels,
     size_title,
     style_of,
     whole_epochs,
@@ -50,7 +49,7 @@ def weight_similarity(results: Results, similar: pd.DataFrame, measure: str, met
         axes.set_title(size_title(net, d), fontsize=9)
         whole_epochs(axes)
     name = {"cosine": "cosine similarity", "l2": "L2 distance"}[measure]
-    share_labels(figure, "epoch (0: the same initialisation)", f"{name}, {method} and {results.study.reference}")
+    label_panels(panels, "epoch (0: the same initialisation)", f"{name}, {method} and {results.study.reference}")
     panel_legend(figure, panels)
     return figure
 
@@ -63,7 +62,7 @@ def matched_similarity(results: Results, similar: pd.DataFrame, method: str) -> 
     last = own[own["epoch"] == own.groupby(["net", "seed"])["epoch"].transform("max")]
     layers = list(dict.fromkeys(last["layer"]))
     figure = Figure(figsize=(4.2 * len(layers) + 1, 3.6), layout="constrained")
-    for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False)[0], layers, strict=True):
+    for axes, layer in zip(figure.subplots(1, len(layers), squeeze=False, sharey=True)[0], layers, strict=True):
         table = rows_of(last, layer=layer)
         for column, label, style in (  # often equal: the one drawn last lets the other be seen
             ("matched", "after matching", {"color": COLOURS[1], "marker": "s", "ms": 5, "lw": 1.4}),
@@ -73,6 +72,7 @@ def matched_similarity(results: Results, similar: pd.DataFrame, method: str) -> 
             error = None if curve["std"].isna().all() else curve["std"].fillna(0)
             axes.errorbar(curve["d"], curve["mean"], error, label=label, capsize=4, **style)
         axes.set(xscale="log", xlabel=SIZE, ylabel="cosine similarity (mean ± std)")
+        axes.tick_params(labelleft=True)
         axes.set_title(f"{layer}: {method} and {results.study.reference}", fontsize=9)
         finish(axes)
     return figure
@@ -80,7 +80,7 @@ def matched_similarity(results: Results, similar: pd.DataFrame, method: str) -> 
 
 def filter_trajectories(results: Results, layer: str, seed: int) -> Figure:
     """t-SNE of a convolution's filters through training, all methods in one embedding; one panel per size."""
-    figure, panels = panel_grid(results)
+    figure, panels = panel_grid(results, share=False)
     drawn = False
     start: dict[str, Any] = {"ls": "none", "marker": "o", "mfc": "white", "mec": "black"}
     end: dict[str, Any] = {"ls": "none", "marker": "*", "mec": "black", "ms": 10}
@@ -95,7 +95,7 @@ def filter_trajectories(results: Results, layer: str, seed: int) -> Figure:
                 draw(axes, way, {**start, "ms": 6}, {**end, "color": colour}, color=colour, lw=0.9, ms=2.5, alpha=0.8)
     if not drawn:
         raise NothingToDraw(f"no run of seed {seed} has weight snapshots of {layer}")
-    share_labels(figure, "t-SNE dimension 1 (no unit)", "t-SNE dimension 2 (no unit)")
+    label_panels(panels, "t-SNE dimension 1 (no unit)", "t-SNE dimension 2 (no unit)")
     method_legend(figure, results, {"start": start, "end": {**end, "color": "grey"}}, marker=".")
     return figure
 

@@ -1,0 +1,1 @@
+"""Hardware in the loop, in simulation: weights are trained on the chip that will use them."""

@@ -1,0 +1,120 @@
+"""What came out of a study, to be read first: claims, each with its numbers and whether they bear it out."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from zo_lightning.study.results import Results
+from zo_lightning.study.statistics import Interval, common_epoch, exponent, final, mean_interval, ratios
+
+YES, NO, MIXED, OPEN = "yes", "no", "depends on d", "undecided"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that a study can bear out or refute.
+
+    Attributes:
+        sentence: the claim.
+        verdict: ``"yes"`` or ``"no"`` where the 95 % intervals leave no other, ``"depends on d"`` where they say
+            one thing at one size and the opposite at another, ``"undecided"`` where one of them does not say.
+        numbers: what was measured, with intervals.
+        anchor: the section of the page that shows it.
+    """
+
+    sentence: str
+    verdict: str
+    numbers: str
+    anchor: str
+
+
+def claims_of(results: Results) -> list[Claim]:
+    """The claims about each method that is compared with the reference."""
+    return [claim for method in results.others for claim in _about(results, method)]
+
+
+def _about(results: Results, method: str) -> list[Claim]:
+    ref = results.study.reference
+    found = []
+    behind = _by_size(results, method, lambda own, other: _last(own) - _last(other))
+    if behind:
+        said = _spoken(behind, "+.3f")
+        found.append(
+            Claim(f"{method} ends less accurate than {ref}.", _sign(behind), f"accuracy − {ref}'s: {said}", "final")
+        )
+    equal = _by_size(results, method, _at_equal_cost) if results.table["flops"].notna().all() else {}
+    if equal:
+        sentence = f"At equal floating-point operations {method} is less accurate than {ref}."
+        found.append(Claim(sentence, _sign(equal), f"accuracy − {ref}'s: {_spoken(equal, '+.3f')}", "budget"))
+    if slower := _slowdown(results, method):
+        found.append(slower)
+    longer = _by_size(results, method, lambda own, other: -np.log(_epoch_seconds(own) / _epoch_seconds(other)), np.inf)
+    if longer:
+        times = {d: Interval(*(float(np.exp(-x)) for x in (i.value, i.high, i.low))) for d, i in longer.items()}
+        sentence = f"An epoch of {method} takes longer than one of {ref}."
+        found.append(Claim(sentence, _sign(longer), f"{ref}'s seconds times {_spoken(times, '.2f')}", "time"))
+    return found
+
+
+def _slowdown(results: Results, method: str) -> Claim | None:
+    compared = ratios(results.table, results.study.reference)
+    own = compared[compared["method"] == method]
+    if own["d"].nunique() < 2:
+        return None
+    at = own[own["epoch"] == common_epoch(own)]
+    alpha = exponent(at["d"].to_numpy(), at["val_loss"].to_numpy())
+    if np.isnan(alpha.value):
+        return None
+    verdict = OPEN if np.isnan(alpha.low) or (0.5 in alpha and 0 in alpha) else YES if alpha.high >= 0.5 else NO
+    sizes = own["d"].nunique()
+    few = f", of {sizes} sizes: a slope, not a law" if sizes < 4 else f", of {sizes} sizes"
+    return Claim(
+        f"The more weights, the further {method} falls behind {results.study.reference}: by √d or more in the loss.",
+        verdict,
+        f"validation loss ratio ~ d^α, α = {alpha:.2f}{few}",
+        "slowdown",
+    )
+
+
+Compare = Callable[[pd.DataFrame, pd.DataFrame], float]
+
+
+def _by_size(results: Results, method: str, compare: Compare, most: float = 1.0) -> dict[int, Interval]:
+    """A comparison with the reference's run of the same seed, within ±``most``: its mean, at the ends of the sizes."""
+    found = {}
+    table, ref = results.table, results.study.reference
+    sizes = list(results.nets.items())
+    for net, d in dict([sizes[0], sizes[-1]]).items():
+        runs = dict(list(table[table["net"] == net].groupby(["method", "seed"])))
+        seeds = [seed for name, seed in runs if name == method and (ref, seed) in runs]
+        values = [compare(runs[method, seed], runs[ref, seed]) for seed in seeds]
+        if values and np.isfinite(values).all():
+            found[d] = mean_interval(values, bounds=(-most, most))
+    return found
+
+
+def _last(run: pd.DataFrame) -> float:
+    return float(final(run)["val_accuracy"].iloc[0])
+
+
+def _epoch_seconds(run: pd.DataFrame) -> float:
+    return float(run["epoch_seconds"].median())
+
+
+def _at_equal_cost(own: pd.DataFrame, other: pd.DataFrame) -> float:
+    """The difference in accuracy where the cheaper of two runs ends; between epochs the curves are straight."""
+    spent = min(own["flops"].max(), other["flops"].max())
+    reached = [np.interp(spent, run["flops"], run["val_accuracy"]) for run in (own, other)]
+    return float(reached[0] - reached[1])
+
+
+def _sign(by_size: Mapping[int, Interval]) -> str:
+    """Whether all intervals are below 0."""
+    verdicts = {YES if i.high < 0 else NO if i.low > 0 else OPEN for i in by_size.values()}
+    return MIXED if {YES, NO} <= verdicts else OPEN if OPEN in verdicts else verdicts.pop()
+
+
+def _spoken(by_size: Mapping[int, Interval], form: str) -> str:
+    return "; ".join(f"{interval:{form}} at d = {d:,}" for d, interval in by_size.items())
