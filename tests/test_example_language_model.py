@@ -117,7 +117,30 @@ def test_the_command_line_trains_it(
         assert bool((start[name] != p).any()) == (moved in name), name
 
 
-def test_the_trainer_of_transformers_takes_the_same_steps(root: str, model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ["LlamaConfig", "OPTConfig"])
+def test_other_models_answer_and_learn(config: str, root: str, model: str, tmp_path: Path) -> None:
+    """Saved on the spot and named by their folder; what fills a sentence up changes no answer."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    made = getattr(transformers, config)(vocab_size=len(tokenizer), ffn_dim=64, word_embed_proj_dim=32, **sizes)
+    for part in (transformers.AutoModelForCausalLM.from_config(made), tokenizer):
+        part.save_pretrained(tmp_path)
+    module = LitPrompt(str(tmp_path))
+    tokens, mask, labels = next(iter(Reviews(str(tmp_path), root).train_dataloader()))
+    length = int(mask[0].sum())
+    assert length < mask.shape[1]
+    alone = module(tokens[:1, -length:], mask[:1, -length:])
+    torch.testing.assert_close(alone, module(tokens[:1], mask[:1]))
+    zo.ZerothOrder().backward(lambda: F.cross_entropy(module(tokens, mask), labels), module, 0)
+    assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_trainer_of_transformers_takes_the_same_steps(
+    accumulated: int, root: str, model: str, tmp_path: Path
+) -> None:
     """Those of a plain loop, but for the order of a batch's rows, whose mean then rounds otherwise.
 
     By 1e-7 at most, which over mu is 1e-4 of a slope; three steps of lr 1e-3 move a weight by 3e-7 of that.
@@ -138,7 +161,8 @@ def test_the_trainer_of_transformers_takes_the_same_steps(root: str, model: str,
     arguments = TrainingArguments(
         str(tmp_path),
         max_steps=3,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=4 // accumulated,
+        gradient_accumulation_steps=accumulated,
         max_grad_norm=0.0,
         report_to=[],
         use_cpu=True,

@@ -11,9 +11,8 @@ import zo_lightning as zo
 class ZOTrainer(Trainer):
     """A ``Trainer`` whose gradient comes from forward passes only; all else is as it was.
 
-    Optimizer, schedule, clipping, logging and checkpoints are those of ``TrainingArguments``. A resumed run repeats the
-    uninterrupted one, since directions follow from the global step. Every batch is an optimizer step:
-    ``gradient_accumulation_steps`` stays 1.
+    Optimizer, schedule, clipping, accumulation, logging and checkpoints are those of ``TrainingArguments``. Directions
+    follow from the global step: a resumed run repeats the uninterrupted one, and batches of one optimizer step share them.
     """
 
     estimator: zo.GradientEstimator = zo.ZerothOrder()
@@ -24,4 +23,9 @@ class ZOTrainer(Trainer):
         """Fill ``.grad`` by the estimator, in place of ``loss.backward()``."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        return self.estimator.backward(lambda: self.compute_loss(model, inputs), model, self.state.global_step)
+
+        def loss() -> Any:
+            mean: Any = self.compute_loss(model, inputs)
+            return mean / self.current_gradient_accumulation_steps
+
+        return self.estimator.backward(loss, model, self.state.global_step)
