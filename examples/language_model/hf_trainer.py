@@ -12,7 +12,7 @@ class ZOTrainer(Trainer):
     """A ``Trainer`` whose gradient comes from forward passes only; all else is as it was.
 
     Optimizer, schedule, clipping, accumulation, logging and checkpoints are those of ``TrainingArguments``. Directions
-    follow from the global step: a resumed run repeats the uninterrupted one, and batches of one optimizer step share them.
+    follow from the global step, so that a resumed run repeats the uninterrupted one; the batches of a step share them.
     """
 
     estimator: zo.GradientEstimator = zo.ZerothOrder()
