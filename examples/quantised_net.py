@@ -100,7 +100,7 @@ def train(job: Job) -> Result:
     data = MNIST(method.batch_size, held_out, root=str(job.root)) if job.root else Digits(method.batch_size, held_out)
     model = zo.Classifier(QuantisedNet(method.straight_through), estimator, optimizer, decay, lr_interval="step")
     quiet: dict[str, Any] = {f"enable_{what}": False for what in ("checkpointing", "model_summary", "progress_bar")}
-    quiet |= {"logger": False, "check_val_every_n_epoch": 10**6}
+    quiet |= {"logger": False, "check_val_every_n_epoch": 10**6}  # and no validation meanwhile
     trainer = Trainer(accelerator="cpu", max_steps=steps, max_epochs=-1, **quiet)
     before = trainer.validate(model, data, verbose=False)[0]["val/acc"]
     with Cost() as cost:
@@ -136,13 +136,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder of MNIST")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("docs/examples"))
     args = parser.parse_args()
-    jobs = [Job(name, seed, args.root) for name in args.methods for seed in args.seeds]
-    jobs = [Job(name, 42, steps=40) for name in args.methods] if args.smoke else jobs
-    file, tried = args.out / "quantised_net.csv", args.out / "search" / "quantised_net.csv"
+    jobs = [Job(name, seed, args.root) for name in METHODS for seed in args.seeds]
+    jobs = [Job(name, 42, steps=40) for name in METHODS] if args.smoke else jobs
+    file, tried = (args.out / folder / "quantised_net.csv" for folder in ("", "search"))
     print(table(train_all(train, jobs, file, apart=not args.smoke)))
     draw(read(file), read(tried) if tried.exists() else [], args.out / "quantised_net.png")
 

@@ -1,6 +1,7 @@
 """What examples do beside training: a command line, a process for each training, a table and a figure."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +22,7 @@ def main(name: str, description: str | None, train: Train, methods: Sequence[str
         description: what ``--help`` says.
         train: called with a method, a seed, the folder of the data and whether a few seconds are all there is.
         methods: all that there are.
-        forward_only: what the names of methods without backpropagation contain; the figure has them in colour.
+        forward_only: a pattern that is in the names of methods without backpropagation; the figure has them in colour.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default="data", help="folder of the data sets")
@@ -52,7 +53,7 @@ def draw(results: list[Result], file: Path, forward_only: str) -> None:
     for panel, (problem, methods) in zip(panels, problems.items(), strict=True):
         for place, (method, rows) in enumerate(methods.items()):
             before, after = mean(one.before for one in rows), mean(one.after for one in rows)
-            colour = "#56B4E9" if forward_only in method else "#BBBBBB"  # Okabe and Ito's light blue
+            colour = "#56B4E9" if re.search(forward_only, method) else "#BBBBBB"  # Okabe and Ito's light blue
             panel.barh(place, after, height=0.7, color=colour)
             panel.plot([one.after for one in rows], [place] * len(rows), "o", color="black", markersize=4)
             panel.plot([before, before], [place - 0.45, place + 0.45], "--", color="#D55E00", linewidth=2)

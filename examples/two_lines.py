@@ -127,4 +127,4 @@ def train(way: str, seed: int, root: Path, smoke: bool) -> list[Result]:
 
 
 if __name__ == "__main__":
-    main("two_lines", __doc__, train, tuple(WAYS), "PerExample")
+    main("two_lines", __doc__, train, tuple(WAYS), "PerExample|ZerothOrder")

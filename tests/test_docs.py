@@ -82,10 +82,22 @@ def of_study(patched: pytest.MonkeyPatch) -> dict[str, Any]:
     return {}
 
 
+def of_tuning(_: pytest.MonkeyPatch) -> dict[str, Any]:
+    class ZONet(zo.EstimatedGradient, BoringModel):
+        estimator = zo.ZerothOrder(seed=0)
+        lr = 1e-3
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    return {"ZONet": ZONet, "data": BoringModel().train_dataloader()}
+
+
 GIVEN: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "observe.md": of_snapshots,
     "runs.md": of_runs,
     "study.md": of_study,
+    "tuning.md": of_tuning,
     "your_data.md": of_pictures,
 }
 """What the reader of a page has: data, runs, and what a comment of the page says."""

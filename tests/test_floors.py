@@ -15,7 +15,8 @@ FLOORS = {
     "stencils": 0,
     "shaping": 0,
     "costs": 0,
-    "parameters": -1,
+    "parameters": -2,
+    "buffers": -1,
     "random_states": -1,
     "objective": 0,
     "black_box": 1,
@@ -24,6 +25,7 @@ FLOORS = {
     "nets": 0,
     "data": 0,
     "snapshots": 0,
+    "difference_steps": 0,
     "step_log": 0,
     "checkpoint_io": 0,
     "progress": 0,
@@ -50,9 +52,10 @@ FLOORS = {
     "runs": 6,
     "callbacks": 6,
     "study": 6,
-    "cli": 7,
-    "commands": 8,
-    "__main__": 9,
+    "tuning": 7,
+    "cli": 8,
+    "commands": 9,
+    "__main__": 10,
 }
 # The package's own __init__ names everything, lazily, so it may import anything; for the others it is the roof.
 ROOF = "__init__"

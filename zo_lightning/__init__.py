@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
     from zo_lightning.shaping import CentredRanks, Shaping, Standardised
     from zo_lightning.stencils import CentralDifference, ForwardDifference, Stencil
+    from zo_lightning.tuning import Suggestion, tune
 
     __version__: str
 
@@ -65,6 +66,7 @@ _HOMES = {
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
     "shaping": ("CentredRanks", "Shaping", "Standardised"),
     "stencils": ("CentralDifference", "ForwardDifference", "Stencil"),
+    "tuning": ("Suggestion", "tune"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -108,10 +110,12 @@ __all__ = [
     "Sphere",
     "Standardised",
     "Stencil",
+    "Suggestion",
     "TrainingDiverged",
     "WeightsDiverged",
     "ZerothOrder",
     "minimize",
+    "tune",
 ]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import (
@@ -295,6 +296,24 @@ def exit_code_of(error: BaseException) -> int | None:
 def fit(words: Sequence[str]) -> Trainer:
     """Run ``fit`` with these words and return its trainer; what goes wrong is raised."""
     return CLI(["fit", *words]).trainer
+
+
+class Prepared(CLI):
+    """What ``fit`` would train with these words, made and checked, and not trained."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__(["fit", *words])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options of ``fit``, as plain containers."""
+        return yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train nothing."""
+
+    def after_fit(self) -> None:
+        """Say nothing."""
 
 
 def _set_reference(trainer: Trainer, reference: str) -> None:

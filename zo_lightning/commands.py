@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from zo_lightning import help_page, noise
 from zo_lightning.presets import configs_command, with_paths
 from zo_lightning.user_errors import DISK, UserError
-from zo_lightning.words import OF_LIGHTNING, check_command, check_options
+from zo_lightning.words import OF_LIGHTNING, OTHERS, check_command, check_options
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -95,7 +95,19 @@ def _export(words: list[str]) -> int:
     return export_command(words)
 
 
+def _tune(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print(f"zo-lightning tune: {OTHERS['tune']}. Its options:\n\n{help_page.page(['fit'])}", flush=True)
+        return 0
+    check_options(with_paths(["fit", *words]))
+    from zo_lightning.cli import Prepared
+    from zo_lightning.tuning.command import tune_command
+
+    return tune_command(words, Prepared)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "tune": _tune,
     "study": _study,
     "report": _report,
     "replay": _replay,

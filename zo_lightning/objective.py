@@ -8,10 +8,10 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 
-from zo_lightning.parameters import Parameters, as_module, submodules
+from zo_lightning.buffers import Buffers
+from zo_lightning.parameters import Parameters, as_module
 from zo_lightning.random_states import GlobalState, seed_all
 
 T = TypeVar("T")
@@ -60,8 +60,8 @@ class Objective:
         self.values: list[float] = []
         self.seen: list[Tensor] = []
         self._cost = 0
-        self._buffers = _Buffers(module)
-        self._after_first: _Buffers | None = None
+        self._buffers = Buffers(module)
+        self._after_first: Buffers | None = None
         self._kept: dict[int, list[Tensor]] | None = None  # frozen weights and inputs, by the address of their memory
         self._written: dict[int, tuple[Tensor, Tensor]] = {}  # those that the loss has changed, as they were
         self._moved: list[tuple[Tensor, Tensor]] = []  # as the first probe left them
@@ -151,7 +151,7 @@ class Objective:
         finally:
             for one in training:
                 one.training = True
-        self._buffers, self._after_first = _Buffers(self.module), None
+        self._buffers, self._after_first = Buffers(self.module), None
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -256,7 +256,7 @@ class Objective:
             if t._version != version:
                 self._written.setdefault(id(t), (t, copy))
         if first:
-            self._after_first = _Buffers(self.module) if self._buffers else self._buffers
+            self._after_first = Buffers(self.module) if self._buffers else self._buffers
             self._moved = [(p.data, p.detach().clone()) for p, _ in self._written.values()]
         if self._buffers:
             self._buffers.restore()
@@ -294,42 +294,6 @@ def check_loss(loss: Any) -> float:
     if not math.isfinite(value):
         raise NonFiniteLoss(value)
     return value
-
-
-class _Buffers:
-    """The values of a module's buffers, to be put back later: by name, so that a replaced buffer comes back too."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._saved = [
-            (owner._buffers, name, buffer, buffer.detach().clone())
-            for _, owner in submodules(module)
-            for name, buffer in owner._buffers.items()
-            if buffer is not None and not is_lazy(buffer)
-        ]
-
-    def __bool__(self) -> bool:
-        return bool(self._saved)
-
-    def equals(self, other: "_Buffers") -> bool:
-        """Whether the same buffers had the same values."""
-        return len(self._saved) == len(other._saved) and all(
-            mine[2] is theirs[2] and torch.equal(mine[3], theirs[3])
-            for mine, theirs in zip(self._saved, other._saved, strict=True)
-        )
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for owner, name, buffer, value in self._saved:
-                owner[name] = buffer
-                if not _overlaps(buffer):  # which nothing in PyTorch can write into
-                    buffer.copy_(value)
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether numbers of a tensor share their place in memory, as in an expanded view."""
-    if tensor.layout != torch.strided:
-        return False
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _is_read_at_once(loss: Tensor) -> bool:

@@ -396,7 +396,7 @@ def test_lean_memory_is_chosen_by_size_where_nothing_needs_all_of_grad(
 
     assert not chosen(), "a small net"
     assert chosen(memory="lean")
-    monkeypatch.setattr("zo_lightning.modules.memory._LARGE", 100)
+    monkeypatch.setattr("zo_lightning.modules.memory.LARGE", 100)
     assert chosen()
     assert not chosen(memory="full")
     against = {

@@ -1,9 +1,11 @@
 """A loss whose derivative is an estimate: how what an estimator found gets into ``loss.backward()``."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
+from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -55,3 +57,20 @@ def delivering(loss: Tensor, deliver: Deliver, params: Iterable[Tensor] = ()) ->
     inputs = tuple(params) or (torch.zeros((), requires_grad=True),)
     with torch.enable_grad():
         return cast(Tensor, _Delivery.apply(loss, deliver, *inputs))
+
+
+def without_gradient(loss: float, module: LightningModule, is_exact: bool = False) -> Tensor:
+    """The loss of a batch that is left out: nothing reaches ``.grad``, unless someone waits for all gradients.
+
+    Args:
+        loss: its value.
+        module: in training.
+        is_exact: whether the other batches are differentiated, so that processes add their gradients up.
+    """
+    value, trainer = torch.tensor(loss, device=module.device), module.trainer
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # it skips the step by itself
+    if not scaled and not (is_exact and trainer.world_size > 1):
+        return delivering(value, lambda scale: [None])
+    nothing = math.nan if scaled else 0.0
+    params = [p for p in module.parameters() if p.requires_grad]
+    return delivering(value, lambda scale: [torch.full_like(p, nothing) for p in params], params)

@@ -14,7 +14,7 @@ from torch import Tensor
 from zo_lightning.costs import FlopMeter
 from zo_lightning.estimators import Backprop, GradientEstimator
 from zo_lightning.estimators.base import Estimate, step_by_tensor
-from zo_lightning.modules.delivery import Deliver, delivering, whole
+from zo_lightning.modules.delivery import Deliver, delivering, whole, without_gradient
 from zo_lightning.modules.memory import Memory, chooses_lean
 from zo_lightning.modules.processes import check_processes, explain_loss, keep_gradients
 from zo_lightning.modules.refusals import check_module, check_settings
@@ -194,7 +194,7 @@ class Driver:
                 objective, module.global_step, error.value, skipped=True, leaves_traces=objective.leaves_traces
             )
             self._skip(error, module.global_step)
-            return objective.with_loss(self._without_gradient(error, module))
+            return objective.with_loss(without_gradient(error.value, module, self.estimator.is_exact))
         finally:
             self.forward_passes += objective.forward_passes
             objective.output = None
@@ -303,16 +303,6 @@ class Driver:
         assert scale == 1 and self._optimizer is not None
         step_by_tensor(self._optimizer, estimate)  # the optimizer's own step then finds no gradient
         return [None]
-
-    def _without_gradient(self, error: NonFiniteLoss, module: LightningModule) -> Tensor:
-        """The loss of a skipped batch: nothing reaches ``.grad``, unless someone waits for all gradients."""
-        loss, trainer = torch.tensor(error.value, device=module.device), module.trainer
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # it skips the step by itself
-        if not scaled and not (self.estimator.is_exact and trainer.world_size > 1):  # whose processes add them up
-            return delivering(loss, lambda scale: [None])
-        value = math.nan if scaled else 0.0
-        params = [p for p in module.parameters() if p.requires_grad]
-        return delivering(loss, lambda scale: [torch.full_like(p, value) for p in params], params)
 
     def _skip(self, error: NonFiniteLoss, step: int) -> None:
         self.skipped_steps += 1

@@ -11,7 +11,7 @@ from zo_lightning.optim import is_separable
 
 Memory = Literal["auto", "lean", "full"]
 
-_LARGE = 2**24
+LARGE = 2**24
 """Weights from which on memory counts for more than the time to draw directions again."""
 
 _BEFORE_THE_STEP = "on_after_backward", "on_before_optimizer_step"
@@ -44,7 +44,7 @@ def chooses_lean(memory: Memory, trainer: Any, module: Any, estimator: GradientE
     against = _against(trainer, module, estimator)
     if memory == "auto":
         trained = [p for p in module.parameters() if p.requires_grad and not is_lazy(p)]
-        return not against and sum(p.numel() for p in trained) >= _LARGE
+        return not against and sum(p.numel() for p in trained) >= LARGE
     if against:
         raise MisconfigurationException(f"memory='lean': {'; '.join(against)}. Take memory='full'")
     return True

@@ -61,7 +61,7 @@ def expect_one_optimizer(module: LightningModule) -> None:
         if in_place is not None:  # the object has one beside its class's
             vars(module)["configure_optimizers"] = in_place
         configured: Any = own()
-        optimizers = configured[0] if _is_pair_of_lists(configured) else configured
+        optimizers = configured[0] if is_pair_of_lists(configured) else configured
         if optimizers is None or optimizers == []:
             raise MisconfigurationException(
                 f"{type(module).__name__}.configure_optimizers gave no optimizer: nothing would be trained"
@@ -78,5 +78,6 @@ def expect_one_optimizer(module: LightningModule) -> None:
     vars(module)["configure_optimizers"] = configure_optimizers
 
 
-def _is_pair_of_lists(configured: Any) -> bool:
+def is_pair_of_lists(configured: Any) -> bool:
+    """Whether ``configure_optimizers`` returned a list of optimizers and one of schedulers."""
     return isinstance(configured, list | tuple) and len(configured) == 2 and isinstance(configured[0], list)

@@ -1,10 +1,13 @@
 """What a run shows by itself of finite differences that find nothing: said once, with what would help."""
 
+from collections.abc import Callable
+
 import torch
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from zo_lightning.difference_steps import StepScan
 from zo_lightning.estimators import GradientEstimator, ZerothOrder
 from zo_lightning.estimators.base import resolve_seed
 from zo_lightning.objective import NonFiniteLoss, Objective
@@ -14,9 +17,10 @@ from zo_lightning.perturbed.weights import Weights
 _PATIENCE = 10
 """Batches in a row that must look alike before anything is said."""
 _DIRECTIONS = 8
-_DOUBLINGS = 10
-_DROWNED, _CLEAR = 0.5, 0.1
-"""Mean squares by which slopes change, as a share of theirs."""
+_DROWNED = 0.5
+"""The mean square by which slopes change with a doubled ``mu``, as a share of theirs, from which they say nothing."""
+_CLEAR = 0.3
+"""The error of slopes up to which another ``mu`` is named."""
 _HALF = torch.bfloat16, torch.float16
 
 
@@ -26,7 +30,7 @@ class Watch:
     Three things are seen: all losses of a batch's probes are equal, ten batches in a row; so are, for an estimator with
     a slope per example, the losses of most examples, weighted by the losses, in the first ten batches; and in half
     precision, at the first batch, slopes along eight directions change by more than 70 % when ``mu`` is doubled, which
-    takes 32 forward passes that are not counted.
+    takes 32 forward passes that are not counted, and 208 more where they do, for a ``mu`` that would do (``StepScan``).
     """
 
     def __init__(self) -> None:
@@ -51,7 +55,7 @@ class Watch:
             self._rounding(estimator, objective, module, state)
 
     def _rounding(self, estimator: ZerothOrder, objective: Objective, module: LightningModule, state: State) -> None:
-        """Compare slopes at ``mu`` and at twice that; where they differ by far, look for a ``mu`` that would do."""
+        """Compare slopes at ``mu`` and at twice that; where they differ by far, measure which ``mu`` would do."""
         before = objective.forward_passes
         weights, seed, mu = Weights.of(module), resolve_seed(estimator.seed), estimator.mu
         directions = [
@@ -66,23 +70,24 @@ class Watch:
             ]
             return torch.tensor(differences, dtype=torch.float64) / (2 * mu)
 
-        changes: list[float] = []
+        scan: StepScan | None = None
         try:
             with objective.guard():
-                present = slopes(mu)
-                while not changes or (changes[0] > _DROWNED and changes[-1] > _CLEAR and len(changes) < _DOUBLINGS):
-                    changes.append(_change(present, present := slopes(mu * 2 ** len(changes) * 2)))
+                change = _change(slopes(mu), slopes(2 * mu))
+                if change > _DROWNED:
+                    scan = StepScan()
+                    scan.add(_finite(slopes, step) for step in scan.grid)
         except NonFiniteLoss:  # as far away as that
-            pass
+            return
         finally:
             objective.forward_passes = before
-        if not changes or changes[0] <= _DROWNED:
+        if scan is None:
             return
-        mu *= 2 ** (len(changes) - 1)
+        would_do = scan.best if min(scan.errors) <= _CLEAR else None
         self._say(
-            f"mu={estimator.mu:g} drowns in the rounding of precision {module.trainer.precision}: doubled, it changes "
-            f"the slopes of the loss by {changes[0] ** 0.5:.0%} (root mean square, {_DIRECTIONS} directions). "
-            + (f"Take mu={mu:g}, or" if changes[-1] <= _CLEAR else f"No mu up to {mu:g} would do: take")
+            f"mu={mu:g} drowns in the rounding of precision {module.trainer.precision}: doubled, it changes "
+            f"the slopes of the loss by {change**0.5:.0%} (root mean square, {_DIRECTIONS} directions). "
+            + (f"Take mu={would_do:g}, or" if would_do else f"No mu up to {scan.grid[-2]:g} would do: take")
             + " precision='32-true'"
         )
 
@@ -111,6 +116,13 @@ def _share_of_equal(seen: list[Tensor]) -> float:
     losses = torch.stack(seen)
     weight = losses.abs().mean(0, dtype=torch.float32)
     return float(weight[(losses == losses[0]).all(0)].sum() / weight.sum())
+
+
+def _finite(slopes: Callable[[float], Tensor], mu: float) -> Tensor | None:
+    try:
+        return slopes(mu)
+    except NonFiniteLoss:
+        return None
 
 
 def _change(slopes: Tensor, doubled: Tensor) -> float:
