@@ -73,7 +73,9 @@ class Vector(list[Tensor]):
             return cls(map(torch.empty_like, weights))
         starts = _starts(w.numel() for w in weights)
         flat = weights[0].new_empty(starts[-1])
-        return cls([flat.as_strided(w.shape, w.stride(), k) for w, k in zip(weights, starts, strict=False)], flat)
+        parts = (flat.as_strided(w.shape, w.stride(), k) for w, k in zip(weights, starts, strict=False))
+        # Some of PyTorch's functions round a view of a view otherwise than a view of a weight: detached, none is one.
+        return cls([part.detach() for part in parts], flat)
 
     @classmethod
     def stack(cls, weights: Sequence[Tensor], rows: int) -> Self:

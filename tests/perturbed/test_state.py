@@ -197,3 +197,41 @@ def test_passes_are_watched_only_until_one_has_shown_everything(monkeypatch: pyt
     for step in range(3):
         estimator.backward(lambda: net(torch.ones(1, 3)).sum(), net, step, state)
     assert len(watched) == 1
+
+
+def test_gradients_that_a_loss_reads_are_those_of_the_step_before() -> None:
+    """As a training step does that logs their norm: in every pass, of every step."""
+    net, read = nn.Linear(3, 2), []
+
+    def loss() -> Tensor:
+        read.append([None if p.grad is None else p.grad.clone() for p in net.parameters()])
+        return net(torch.ones(1, 3)).sum()
+
+    estimator = ZerothOrder(samples=2, seed=0)
+    state = estimator.init(net)
+    for step in range(3):
+        before = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+        estimator.backward(loss, net, step, state)
+        assert len(read) == 4
+        for seen in read:
+            for here, there in zip(seen, before, strict=True):
+                assert here is None if there is None else torch.equal(here, there)
+        read.clear()
+
+
+@pytest.mark.parametrize("make", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_recurrent_net_is_the_same_watched_or_not_held_or_lean(make: Any) -> None:
+    """The first step is watched, the second is not: slopes that round otherwise make a resumed run another one."""
+    torch.manual_seed(0)
+    net = make(6, 4, 2, batch_first=True, bidirectional=True)
+    x = torch.randn(3, 5, 6)
+    estimator = ZerothOrder(samples=3, seed=0)
+
+    def slopes(lean: bool, step: int, begun: State) -> tuple[float, ...]:
+        objective = Objective(lambda: net(x)[0].square().mean(), net)
+        return estimator.estimate(objective, net, step, begun, lean).slopes
+
+    state = estimator.init(net)
+    for step in range(3):
+        found = slopes(False, step, state)
+        assert found == slopes(False, step, estimator.init(net)) == slopes(True, step, estimator.init(net))

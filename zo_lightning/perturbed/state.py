@@ -42,8 +42,8 @@ class State:
         """What ``ask`` returns for the context of a pass in which the uses of the weights see ``value``.
 
         A weight whose use the first pass does not show is not used, or read by code that cannot be watched. From then
-        on it is moved in place; the pass is repeated. Once a pass has shown the uses of all, and written into nothing,
-        further ones are not watched.
+        on it is moved in place; the pass is repeated. Once a pass has shown the uses of all, written into nothing and
+        asked for no ``.grad``, further ones are not watched.
         """
         if isinstance(value, Points) and self._can_exchange(objective, weights):
             answer = ask(ExchangedWeights(weights, value))
@@ -53,7 +53,8 @@ class State:
         watched = DisplacedWeights(weights, value, hidden, objective.before_write)
         answer = ask(watched)
         new = [k for k, name in enumerate(weights.names) if name not in self.visible]
-        if not objective.has_written and len(watched.seen) == len(weights) and all(map(_is_plain, weights)):
+        touches = objective.has_written or watched.reads_gradients
+        if not touches and len(watched.seen) == len(weights) and all(map(_is_plain, weights)):
             self._shown = weights.names
         if not new:
             return answer

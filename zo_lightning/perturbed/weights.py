@@ -111,6 +111,7 @@ class DisplacedWeights(TorchFunctionMode):
 
     Attributes:
         seen: positions of weights that the pass has used so far.
+        reads_gradients: whether the pass has asked for the ``.grad`` of one.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class DisplacedWeights(TorchFunctionMode):
         self.weights, self.value, self.in_place, self.before_write = weights, value, in_place, before_write
         self.positions = {id(w): position for position, w in enumerate(weights) if position not in in_place}
         self.seen: set[int] = set()
+        self.reads_gradients = False
         self._saved: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> Self:
@@ -162,6 +164,8 @@ class DisplacedWeights(TorchFunctionMode):
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function with displaced weights among its arguments, lists and dictionaries of them included."""
         if func in ASKS:
+            if func == _GRADIENT and id(args[0]) in self.positions:
+                self.reads_gradients = True
             return func(*args, **kwargs)
         if args and self.before_write is not None and writes(func):
             for tensor in args[0] if isinstance(args[0], list | tuple) else args[:1]:
@@ -203,8 +207,9 @@ class ExchangedWeights:
 
     No number is written, and no function of PyTorch is watched, which costs half as much as all that a step of a small
     net does beside its passes. It is right where an earlier pass with ``DisplacedWeights`` has shown that the uses of
-    all weights are seen, and that the pass writes into nothing that would have to be put back. It computes the same,
-    bit for bit: attention's path for evaluation, which PyTorch does not take where functions are watched, is off.
+    all weights are seen, and that the pass neither writes into anything that would have to be put back nor reads
+    ``.grad``, which is None here. It computes the same, bit for bit: attention's path for evaluation, which PyTorch
+    does not take where functions are watched, is off.
 
     Args:
         weights: plain ones.
@@ -272,6 +277,7 @@ _METHODS = (
 )
 ASKS: set[Any] = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {getattr(Tensor, m) for m in _METHODS}
 """What asks about a tensor without reading its numbers."""
+_GRADIENT: Any = Tensor.grad.__get__  # type: ignore[attr-defined]
 
 
 _OPERATORS = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
