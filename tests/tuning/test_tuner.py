@@ -265,5 +265,5 @@ def test_what_cannot_be_tuned_is_refused() -> None:
             zo.tune(module, data, estimator=zo.ZerothOrder(seed=0), steps=4, progress=False)
     with pytest.raises(MisconfigurationException, match=r"set ZOLit\.estimator"):
         zo.tune(ZOLit(), loader(), estimator=zo.ZerothOrder())
-    with pytest.raises(ValueError, match="steps must be at least 4, got 3"):
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 4, got 3"):
         zo.tune(Bowl(1.0), loader(), steps=3)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,7 +20,7 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import EstimatedGradient, TrainingDiverged
 from zo_lightning.modules.driver import Driver
 from zo_lightning.modules.refusals import is_pair_of_lists
-from zo_lightning.tuning.as_found import AsFound
+from zo_lightning.tuning.as_found import AsFound, OptimizerAsFound
 from zo_lightning.tuning.turns import Batches, Collect, Look, Turn
 
 
@@ -48,7 +49,8 @@ class Stage:
         estimator: GradientEstimator | None = None,
     ) -> None:
         self.module, self.data, self.like = module, data, like
-        given = next((one for one in getattr(like, "callbacks", ()) if isinstance(one, GradientFree)), None)
+        callbacks = (*getattr(like, "callbacks", ()), *_brought(module, like))
+        given = next((one for one in callbacks if isinstance(one, GradientFree)), None)
         self._settings = {name: getattr(given, name) for name in ("memory", "mu_follows_lr") if given is not None}
         self._own = isinstance(module, EstimatedGradient)
         if self._own and estimator is not None:
@@ -61,6 +63,7 @@ class Stage:
         self.forward_passes = 0
         self.rates: list[float] = []
         self.batches_in_run: int | None = None
+        self._optimizer: OptimizerAsFound | None = None
         for one in (*module.parameters(), *module.buffers()):
             if torch.nn.parameter.is_lazy(one):
                 raise MisconfigurationException(
@@ -133,6 +136,7 @@ class Stage:
         for p in module.parameters():
             p.grad = None
         self._schedule(*schedule)
+        vars(module)["configure_callbacks"] = list  # they would write files, or wait for a validation
         ask = module._underlying_step if isinstance(module, EstimatedGradient) else module.training_step
         arity = module._step_arity if isinstance(module, EstimatedGradient) else None
         turns = [callback for callback in callbacks if isinstance(callback, Turn)]
@@ -160,6 +164,7 @@ class Stage:
                 raise KeyboardInterrupt from stop
             raise
         finally:
+            self._put_optimizer_back()
             self.forward_passes += sum(turn.looked for turn in turns)
             self.forward_passes += driver.forward_passes if driver else 3 * sum(turn.trained for turn in turns)
 
@@ -182,7 +187,7 @@ class Stage:
             limit_train_batches=limit_train_batches,
             limit_val_batches=0,
             num_sanity_val_steps=0,
-            logger=False,
+            logger=DummyLogger(),  # a module may write to its own
             callbacks=callbacks,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -198,6 +203,7 @@ class Stage:
 
         def configure_optimizers() -> Any:
             optimizer, falls = _made(own(), type(module).__name__)
+            self._optimizer = OptimizerAsFound(optimizer)
             self.rates = [_rate(group) for group in optimizer.param_groups]
             for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
                 group.pop("initial_lr", None)
@@ -206,6 +212,11 @@ class Stage:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": fall, "interval": "step"}}
 
         vars(module)["configure_optimizers"] = configure_optimizers
+
+    def _put_optimizer_back(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.restore()
+            self._optimizer = None
 
 
 def _made(configured: Any, name: str) -> tuple[torch.optim.Optimizer, bool]:
@@ -256,6 +267,16 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+def _brought(module: LightningModule, like: Trainer | None) -> Sequence[Callback]:
+    """The callbacks that a module brings to a trainer."""
+    before, module._trainer = module._trainer, like
+    try:
+        brought = module.configure_callbacks()
+    finally:
+        module._trainer = before
+    return [brought] if isinstance(brought, Callback) else brought
 
 
 def _nothing(*_: Any, **__: Any) -> None:

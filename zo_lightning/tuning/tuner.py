@@ -63,12 +63,13 @@ def tune(
         progress: whether to show a bar; None: on a terminal.
 
     Raises:
-        ValueError: ``steps`` < 4; there are no training batches.
+        ValueError: ``steps`` is not a whole number of at least 4; there are no training batches.
         MisconfigurationException: the module steps its optimizers itself, has several or lazy weights; its optimizer
             has no learning rate; or no trial gave a loss.
     """
-    if steps < 4:
-        raise ValueError(f"steps must be at least 4, got {steps}")
+    if not isinstance(steps, int) or steps < 4:
+        raise ValueError(f"steps must be a whole number of at least 4, got {steps}")
+    module = getattr(module, "_orig_mod", module)  # of torch.compile, for many trainings too short to pay for it
     stage = Stage(module, data, trainer, estimator)
     with stage.begun():
         return _Search(stage, steps, progress).run()
