@@ -1,9 +1,10 @@
 """What training needs in memory beside the weights: peak resident memory above the start, each mode in its own process.
 
 Two nets: a transformer of 97 million weights (8,000 tokens, width 768, 12 layers, batches of 2 x 32 tokens), and
-ScalableCNN with 2,806,751 (batches of 128 images). Float32, SGD. The modes are inference (the loss without a graph),
-backpropagation, zeroth order with ``.grad`` in between (``estimator.backward``, ``optimizer.step``), and the same with
-one tensor's estimate at a time (``estimator.update``).
+ScalableCNN with 2,806,751 (batches of 128 images). On request (``--nets gpt2 gpt2_blocks``) the smallest GPT-2, 124
+million weights at random (the same batches), with and without its embeddings trained. Float32, SGD. The modes are
+inference (the loss without a graph), backpropagation, zeroth order with ``.grad`` in between (``estimator.backward``,
+``optimizer.step``), and the same with one tensor's estimate at a time (``estimator.update``).
 
     python benchmarks/memory.py [--preset tiny] [--nets transformer] [--threads 2] [--csv FILE]
 
@@ -25,7 +26,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +77,38 @@ def cnn(scale: float = 120 - 1 / 9, batch: int = 128) -> Task:
     return Task(ScalableCNN(scale), torch.rand(batch, 1, 28, 28), torch.randint(10, (batch,)))
 
 
+class GPT2(nn.Module):
+    """The net of ``transformers``, whose embedding is its output layer too: a third of the published one's weights."""
+
+    def __init__(self, tokens: int, width: int, layers: int) -> None:
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        sizes: dict[str, Any] = {"vocab_size": tokens, "n_embd": width, "n_layer": layers}
+        self.net = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.net(input_ids=tokens, use_cache=False).logits
+
+
+def gpt2(tokens: int = 50257, width: int = 768, layers: int = 12, frozen: tuple[str, ...] = ()) -> Task:
+    """The smallest of the published ones by default."""
+    sequence = torch.randint(tokens, (2, 33))
+    task = Task(GPT2(tokens, width, layers), sequence[:, :-1].clone(), sequence[:, 1:].clone())
+    for name, p in task.net.named_parameters():
+        p.requires_grad_(not name.endswith(frozen))
+    return task
+
+
+EMBEDDINGS = "wte.weight", "wpe.weight"
 TASKS: dict[str, dict[str, Callable[[], Task]]] = {
-    "full": {"transformer": transformer, "cnn": cnn},
-    "tiny": {"transformer": lambda: transformer(100, 64, 2), "cnn": lambda: cnn(1, 8)},
+    "full": {"transformer": transformer, "cnn": cnn, "gpt2": gpt2, "gpt2_blocks": lambda: gpt2(frozen=EMBEDDINGS)},
+    "tiny": {
+        "transformer": lambda: transformer(100, 64, 2),
+        "cnn": lambda: cnn(1, 8),
+        "gpt2": lambda: gpt2(100, 48, 2),
+        "gpt2_blocks": lambda: gpt2(100, 48, 2, EMBEDDINGS),
+    },
 }
 MODES = ("inference", "backpropagation", "zeroth order", "zeroth order, lean")
 STEPS = 3
@@ -89,7 +119,10 @@ def stepper(mode: str, task: Task) -> Callable[[int], object]:
     if mode == "inference":
         return torch.no_grad()(lambda step: task.loss())
     estimator: GradientEstimator = Backprop() if mode == "backpropagation" else ZerothOrder(Rademacher(), seed=0)
-    optimizer, state = torch.optim.SGD(task.net.parameters(), 1e-4), estimator.init(task.net)
+    optimizer, state = (
+        torch.optim.SGD([p for p in task.net.parameters() if p.requires_grad], 1e-4),
+        estimator.init(task.net),
+    )
     if mode == "zeroth order, lean":
         return lambda step: estimator.update(optimizer, task.loss, task.net, step, state)
 
@@ -130,7 +163,7 @@ def main() -> None:
     """Print a table, and the same as CSV on request."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(TASKS), default="full", help="tiny: a few seconds, to try it")
-    parser.add_argument("--nets", nargs="+", choices=list(TASKS["full"]), default=list(TASKS["full"]))
+    parser.add_argument("--nets", nargs="+", choices=list(TASKS["full"]), default=["transformer", "cnn"])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
     parser.add_argument("--csv", type=Path, help="also write the table to this file")

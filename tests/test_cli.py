@@ -311,7 +311,7 @@ BAD_INPUTS = {
     "fit --epochs 1": r"unknown argument --epochs 1 \(did you mean --trainer\.max_epochs\?\)",
     "fti": r"unknown command 'fti' \(did you mean fit\?\); there are fit, .*, study, report, replay, export, configs",
     "stduy -c study/smoke": r"unknown command 'stduy' \(did you mean study\?\).*",
-    "": "a command is missing; there are fit, validate, test, predict, study, .*",
+    "": "a command is missing; there are fit, validate, test, predict, tune, study, .*",
     # configurations
     "fit -c unknown_key.yaml": r"unknown key 'model.estimtor' \(did you mean model.estimator\?\)",
     "fit -c unknown_option.yaml": r"unknown option 'smaples' \(did you mean samples\?\)",

@@ -43,7 +43,7 @@ def test_the_table_has_a_row_for_each_method() -> None:
 
 def test_a_peak_is_that_of_the_block() -> None:
     with Cost() as cost:
-        held = torch.ones(8_000_000)  # 32 MB
+        held = torch.ones(20_000_000)  # 80 MB, which no allocator has at hand
         del held
     assert cost.seconds > 0
-    assert isnan(cost.peak_mb) or 30 < cost.peak_mb < 60  # what others of this process take meanwhile is far less
+    assert isnan(cost.peak_mb) or 79 < cost.peak_mb < 110  # what others of this process take meanwhile is far less

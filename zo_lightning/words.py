@@ -23,7 +23,7 @@ OF_LIGHTNING = {
     "predict": "write what a checkpoint predicts",
 }
 OTHERS = {
-    "tune": "find mu and the learning rate of what fit would train with the same options, by measuring both",
+    "tune": "find mu and the learning rate for what fit would train, by measuring both",
     "study": "train a grid of methods, nets and seeds, and go on where it was stopped",
     "report": "figures, tables and one page from a study's runs",
     "replay": "rebuild the weights of any step of a run from its log, without data or forward passes",
