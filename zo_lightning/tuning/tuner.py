@@ -47,6 +47,7 @@ def tune(
     short trainings from the same start on the same batches, along the same directions, ever fewer and longer
     (``tuning.rates.sweep``); what counts is their loss on *training* batches held out. All learning rates of the
     optimizer's groups are multiplied by one factor. Afterwards module, data and random states are as they were.
+    Callbacks of trainer and module but ``GradientFree``, and loggers, are left out; the module's hooks are called.
 
     >>> suggestion = zo.tune(module, datamodule, trainer)                                # doctest: +SKIP
     >>> suggestion.mu, suggestion.lr; suggestion.apply(module)                           # doctest: +SKIP
