@@ -80,6 +80,7 @@ class Objective:
     def begin(self, seed: int) -> None:
         """Begin an estimate: all its probes draw their random numbers from ``seed``."""
         self.seed, self.values, self.seen = seed, [], []
+        self._copies = None  # inputs may have other numbers than in an earlier estimate
 
     def __call__(self, within: AbstractContextManager[Any] | None = None) -> float:
         """Ask for the loss once, in a context such as one that displaces the weights.

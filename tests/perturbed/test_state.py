@@ -235,3 +235,14 @@ def test_a_recurrent_net_is_the_same_watched_or_not_held_or_lean(make: Any) -> N
     for step in range(3):
         found = slopes(False, step, state)
         assert found == slopes(False, step, estimator.init(net)) == slopes(True, step, estimator.init(net))
+
+
+def test_inputs_that_are_refilled_between_steps_stay_so() -> None:
+    net, x = nn.Linear(3, 2), torch.zeros(4, 3)
+    objective = Objective(lambda: net(x).square().mean(), net, inputs=[x])
+    estimator = ZerothOrder(seed=0)
+    state = estimator.init(net)
+    for step in range(4):
+        x.fill_(step)
+        estimator.backward(objective, net, step, state)
+        assert torch.equal(x, torch.full_like(x, step))
