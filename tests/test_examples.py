@@ -8,7 +8,6 @@ from pathlib import Path
 
 from examples.results import Result, read, record, table, train_all
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
