@@ -6,7 +6,6 @@ A linear net over TF-IDF begins with weights that cross-entropy has trained; the
 number without a gradient. Each method has four settings to choose from, by F1 of held-out training data.
 """
 
-from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -21,37 +20,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import zo_lightning as zo
+from examples.loops import by_backprop, by_value
 from examples.results import Cost, Result
 from examples.runs import main
-from zo_lightning.costs import count_flops
 
 
 def f1(scores: Tensor, y: Tensor) -> float:
     return float(f1_score(y[:, 0].numpy(), scores[:, 0].detach().numpy() > 0))
-
-
-def by_metric(net: nn.Module, x: Tensor, y: Tensor, lr: float, mu: float, steps: int) -> float:
-    """All that is ours. Returns what it cost in GFLOP."""
-    optimizer = zo.NormalizedSGD(net.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
-    estimator = zo.ZerothOrder(stencil=zo.CentralDifference(mu), samples=8)
-    for step in range(steps):
-        estimator.backward(lambda: 1 - f1(net(x), y), net, step)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return steps * 16 * count_flops(lambda: net(x)) / 1e9
-
-
-def by_backprop(net: nn.Module, loss: Callable[[], Tensor], lr: float, steps: int = 300) -> float:
-    """Where the loss has a gradient. Returns what it cost in GFLOP."""
-    optimizer = torch.optim.Adam(net.parameters(), lr)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    return steps * count_flops(lambda: loss().backward()) / 1e9
 
 
 def entropy(net: nn.Linear, x: Tensor, y: Tensor, setting: int, weight: float, tune: bool = False) -> float:
@@ -83,7 +58,7 @@ def f1_itself(net: nn.Linear, x: Tensor, y: Tensor, setting: int) -> float:
     tune_threshold(net, x, y)  # where no score is near 0, F1 does not change
     size = float(net.weight.detach().abs().mean())
     lr, mu = ((0.03, 1), (0.1, 1), (0.03, 3), (0.1, 3))[setting]
-    return by_metric(net, x, y, lr * size, mu * size, steps=150)
+    return by_value(net, lambda: 1 - f1(net(x), y), lr * size, mu * size, steps=150)
 
 
 def reviews(root: Path, seed: int) -> tuple[nn.Linear, list[tuple[Tensor, Tensor]]]:

@@ -6,7 +6,6 @@ Slips carry two handwritten digits. Forty digits have labels; of four hundred sl
 right sums is the loss, a number without a gradient. Each method has four settings to choose from, by held-out slips.
 """
 
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import zo_lightning as zo
+from examples.loops import by_backprop, by_value
 from examples.results import Cost, Result
 from examples.runs import main
-from zo_lightning.costs import count_flops
 
 
 def right_sums(outputs: Tensor, sums: Tensor) -> float:
@@ -27,32 +25,9 @@ def right_sums(outputs: Tensor, sums: Tensor) -> float:
     return sum(right) / len(right)
 
 
-def by_metric(net: nn.Module, x: Tensor, y: Tensor, lr: float, mu: float, steps: int) -> float:
-    """All that is ours. Returns what it cost in GFLOP."""
-    optimizer = zo.NormalizedSGD(net.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
-    estimator = zo.ZerothOrder(stencil=zo.CentralDifference(mu), samples=8)
-    for step in range(steps):
-        estimator.backward(lambda: 1 - right_sums(net(x), y), net, step)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return steps * 16 * count_flops(lambda: net(x)) / 1e9
-
-
-def by_backprop(net: nn.Module, loss: Callable[[], Tensor], lr: float, steps: int = 300) -> float:
-    """Where the loss has a gradient. Returns what it cost in GFLOP."""
-    optimizer = torch.optim.Adam(net.parameters(), lr)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    return steps * count_flops(lambda: loss().backward()) / 1e9
-
-
 def sums_themselves(net: nn.Sequential, x: Tensor, y: Tensor, setting: int) -> float:
     lr, mu = ((0.03, 0.1), (0.03, 0.3), (0.1, 0.1), (0.1, 0.3))[setting]
-    return by_metric(net, x, y, lr, mu, steps=600)
+    return by_value(net, lambda: 1 - right_sums(net(x), y), lr, mu, steps=600)
 
 
 def rewritten(net: nn.Sequential, x: Tensor, y: Tensor, setting: int) -> float:
