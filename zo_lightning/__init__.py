@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zo_lightning.distributed import Distributed, ProcessLost, WeightsDiverged
     from zo_lightning.estimators import (
         Backprop,
+        DirectFeedbackAlignment,
         ForwardGradient,
         GradientEstimator,
         PerExample,
@@ -46,6 +47,7 @@ _HOMES = {
     "distributed": ("Distributed", "ProcessLost", "WeightsDiverged"),
     "estimators": (
         "Backprop",
+        "DirectFeedbackAlignment",
         "ForwardGradient",
         "GradientEstimator",
         "PerExample",
@@ -83,6 +85,7 @@ __all__ = [
     "CentredRanks",
     "Classifier",
     "Coordinate",
+    "DirectFeedbackAlignment",
     "Directions",
     "Distributed",
     "EstimatedGradient",
