@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from pytorch_lightning import Callback, LightningModule
 
 from zo_lightning import nets
-from zo_lightning.data import CIFAR10, MNIST, Digits, FashionMNIST, InMemoryDataModule  # noqa: F401  (subclasses)
+from zo_lightning.data import CIFAR10, MNIST, CIFAR10Images, Digits, FashionMNIST, InMemoryDataModule  # noqa: F401  (subclasses)
 from zo_lightning.directions import Directions
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.evaluation import Evaluation
