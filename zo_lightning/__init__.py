@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         Regressor,
         TrainingDiverged,
     )
-    from zo_lightning.nets import ScalableCNN, SmallCNN
+    from zo_lightning.nets import ResNet20, ScalableCNN, SmallCNN, SmallVGG
     from zo_lightning.objective import NonFiniteLoss, Objective
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
     from zo_lightning.shaping import CentredRanks, Shaping, Standardised
@@ -63,7 +63,7 @@ _HOMES = {
         "Regressor",
         "TrainingDiverged",
     ),
-    "nets": ("ScalableCNN", "SmallCNN"),
+    "nets": ("ResNet20", "ScalableCNN", "SmallCNN", "SmallVGG"),
     "objective": ("NonFiniteLoss", "Objective"),
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
     "shaping": ("CentredRanks", "Shaping", "Standardised"),
@@ -105,11 +105,13 @@ __all__ = [
     "ProcessLost",
     "Rademacher",
     "Regressor",
+    "ResNet20",
     "Result",
     "ScalableCNN",
     "Shaping",
     "SignSGD",
     "SmallCNN",
+    "SmallVGG",
     "Sphere",
     "Standardised",
     "Stencil",
