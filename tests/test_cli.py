@@ -302,7 +302,7 @@ BAD_INPUTS = {
     "fit --data MNST": r"'MNST' \(did you mean MNIST\?\); there are .*CIFAR10Images, Digits, FashionMNIST, MNIST.*",
     "fit --model.estimtor Backprop": r"unknown .*--model.estimtor.* \(did you mean --model.estimator\?\)",
     "fit --model.estimator.smaples 3": r"unknown option 'smaples' \(did you mean samples\?\)",
-    "fit --data.root x": r"unknown option 'root' here \(did you mean data\.root of .*CIFAR10Images, FashionMNIST, MNIST\?\)",
+    "fit --data.root x": r"unknown option 'root' here \(did you mean data\.root of .*Images, FashionMNIST, MNIST\?\)",
     "fit --model.estimator.lr 3": r"unknown option 'lr' here \(did you mean model\.optimizer\.lr\?\)",
     "fit --model.estimator.mu 3": r"'mu' here \(did you mean model\.estimator\.stencil\.mu of .*\?\)",
     "fit --model.optimizer.learning_rate 1": r"'learning_rate' here \(did you mean model\.optimizer\.lr\?\)",

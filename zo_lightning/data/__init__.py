@@ -1,5 +1,6 @@
 """Data sets, one LightningDataModule per file."""
 
+from zo_lightning.data.augmentation import crop_and_flip
 from zo_lightning.data.batches import ShuffledBatches, TensorBatches
 from zo_lightning.data.cifar10 import CIFAR10
 from zo_lightning.data.cifar10_images import CIFAR10Images
@@ -17,4 +18,5 @@ __all__ = [
     "InMemoryDataModule",
     "ShuffledBatches",
     "TensorBatches",
+    "crop_and_flip",
 ]
