@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zo_lightning.distributed import Distributed, ProcessLost, WeightsDiverged
     from zo_lightning.estimators import (
         Backprop,
+        DirectFeedbackAlignment,
         ForwardGradient,
         GradientEstimator,
         PerExample,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         Regressor,
         TrainingDiverged,
     )
-    from zo_lightning.nets import ScalableCNN, SmallCNN
+    from zo_lightning.nets import ResNet20, ScalableCNN, SmallCNN, SmallVGG
     from zo_lightning.objective import NonFiniteLoss, Objective
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
     from zo_lightning.shaping import CentredRanks, Shaping, Standardised
@@ -48,6 +49,7 @@ _HOMES = {
     "distributed": ("Distributed", "ProcessLost", "WeightsDiverged"),
     "estimators": (
         "Backprop",
+        "DirectFeedbackAlignment",
         "ForwardGradient",
         "GradientEstimator",
         "PerExample",
@@ -63,7 +65,7 @@ _HOMES = {
         "Regressor",
         "TrainingDiverged",
     ),
-    "nets": ("ScalableCNN", "SmallCNN"),
+    "nets": ("ResNet20", "ScalableCNN", "SmallCNN", "SmallVGG"),
     "objective": ("NonFiniteLoss", "Objective"),
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
     "shaping": ("CentredRanks", "Shaping", "Standardised"),
@@ -85,6 +87,7 @@ __all__ = [
     "CentredRanks",
     "Classifier",
     "Coordinate",
+    "DirectFeedbackAlignment",
     "Directions",
     "Distributed",
     "EstimatedGradient",
@@ -104,11 +107,13 @@ __all__ = [
     "ProcessLost",
     "Rademacher",
     "Regressor",
+    "ResNet20",
     "Result",
     "ScalableCNN",
     "Shaping",
     "SignSGD",
     "SmallCNN",
+    "SmallVGG",
     "Sphere",
     "Standardised",
     "Stencil",

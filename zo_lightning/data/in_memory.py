@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
-from zo_lightning.data.batches import ShuffledBatches, TensorBatches, random_stream
+from zo_lightning.data.batches import Augmentation, ShuffledBatches, TensorBatches, random_stream
 
 
 class InMemoryDataModule(LightningDataModule, ABC):
@@ -28,6 +28,8 @@ class InMemoryDataModule(LightningDataModule, ABC):
     in_channels: ClassVar[int]
     image_size: ClassVar[int]
     """Height and width of an image, in pixels."""
+    augmentation: Augmentation | None = None
+    """Of training images; a subclass that has one sets it."""
 
     def __init__(self, batch_size: int = 128, val_size: int = 0, seed: int | None = None) -> None:
         super().__init__()
@@ -78,6 +80,7 @@ class InMemoryDataModule(LightningDataModule, ABC):
             rank=rank,
             world_size=world_size,
             progress=self._training_progress,
+            augmentation=self.augmentation,
         )
 
     def val_dataloader(self) -> TensorBatches:
