@@ -12,6 +12,7 @@ FLOORS = {
     "noise": -1,
     "user_errors": -1,
     "directions": 0,
+    "centred": 1,
     "stencils": 0,
     "shaping": 0,
     "costs": 0,
