@@ -19,8 +19,8 @@ class Centred(Directions):
     What flows into a layer behind a ReLU, or as pixels, is not negative: the loss is steepest where all weights of a
     unit move together, and what little is to be gained there a bias gains too. A step of length ``η`` along
     ``ĝ = (gᵢᵀu) u`` gains ``η gᵀPg − ½ η² E[(gᵢᵀu)² uᵀHu]``, ``gᵢ`` being an example's gradient and ``H`` the Hessian,
-    so ``½ (gᵀPg)² / (E[gᵢᵀPgᵢ] tr PH)`` at best. Early on, on MNIST, ``P`` keeps nearly all of the factor above and half
-    of each below.
+    so ``½ (gᵀPg)² / (E[gᵢᵀPgᵢ] tr PH)`` at best. Early on, on MNIST, ``P`` keeps nearly all of the factor above and
+    half of each below.
 
     Args:
         of: the distribution of ``z``; with ``Sphere``, ``‖u‖ = √d`` as ever.
