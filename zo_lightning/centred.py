@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from zo_lightning.directions import Direction, Directions, Rademacher
+from zo_lightning.directions import Direction, Directions, Independent, Rademacher, Vector
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,18 @@ class Centred(Directions):
 
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
         self.of._fill(place, direction, position)
-        weight = direction.weights[position]
-        if weight.ndim > 1:
-            place.sub_(place.mean(list(range(1, weight.ndim)), keepdim=True))
+        _centre(place, direction.weights[position].ndim)
+
+    def _fill_all(self, places: Vector, direction: Direction) -> None:
+        if places.flat is None or not isinstance(self.of, Independent):
+            super()._fill_all(places, direction)
+            return
+        self.of._fill_all(places, direction)
+        for place in places:
+            _centre(place, place.ndim)
+
+
+def _centre(place: Tensor, ndim: int) -> None:
+    """Subtract the means of the rows of a weight of ``ndim`` dimensions; the parts of a complex one are the next."""
+    if ndim > 1:
+        place.sub_(place.mean(list(range(1, ndim)), keepdim=True))
