@@ -31,8 +31,8 @@ class Centred(Directions):
     def _numbers(self, weight: Tensor) -> int:
         return self.of._numbers(weight)
 
-    def _scale(self, d: int, norm: Callable[[], float]) -> float | None:
-        return self.of._scale(d, norm)
+    def _scale(self, direction: Direction, norm: Callable[[], float]) -> float | None:
+        return self.of._scale(direction, norm)
 
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
         self.of._fill(place, direction, position)
