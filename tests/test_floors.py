@@ -13,6 +13,7 @@ FLOORS = {
     "user_errors": -1,
     "counter_kernels": -2,
     "directions": 0,
+    "centred": 1,
     "low_rank": 1,
     "stencils": 0,
     "shaping": 0,

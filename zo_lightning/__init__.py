@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from zo_lightning.ask_tell import AskTell
     from zo_lightning.black_box import BlackBox, BlackBoxLoss, EvaluationFailed
     from zo_lightning.callbacks.gradient_free import GradientFree
+    from zo_lightning.centred import Centred
     from zo_lightning.directions import Coordinate, Directions, Gaussian, Rademacher, Sphere
     from zo_lightning.distributed import Distributed, ProcessLost, WeightsDiverged
     from zo_lightning.estimators import (
@@ -44,6 +45,7 @@ _HOMES = {
     "ask_tell": ("AskTell",),
     "black_box": ("BlackBox", "BlackBoxLoss", "EvaluationFailed"),
     "callbacks.gradient_free": ("GradientFree",),
+    "centred": ("Centred",),
     "directions": ("Coordinate", "Directions", "Gaussian", "Rademacher", "Sphere"),
     "low_rank": ("LowRank",),
     "distributed": ("Distributed", "ProcessLost", "WeightsDiverged"),
@@ -84,6 +86,7 @@ __all__ = [
     "BlackBox",
     "BlackBoxLoss",
     "CentralDifference",
+    "Centred",
     "CentredRanks",
     "Classifier",
     "Coordinate",

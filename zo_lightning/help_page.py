@@ -38,7 +38,7 @@ _MODEL: Rows = (
 _TRAINING: Rows = (
     ("--model.estimator CLASS", "Backprop, ZerothOrder, PerExample, ForwardGradient, DirectFeedbackAlignment"),
     ("--model.estimator.samples N", "directions of a step"),
-    ("--model.estimator.directions CLASS", "Sphere, Gaussian, Rademacher, Coordinate or LowRank"),
+    ("--model.estimator.directions CLASS", "Sphere, Gaussian, Rademacher, Centred, Coordinate or LowRank"),
     ("--model.estimator.stencil.mu X", "how far a point is moved along a direction"),
     ("--model.optimizer CLASS", "AdaMM, NormalizedSGD, SignSGD, or any of torch.optim: Adam, SGD"),
     ("--model.optimizer.lr X", "learning rate"),

@@ -1,5 +1,6 @@
 """Gradient estimators: ways to fill ``.grad``, by backpropagation or from loss values alone."""
 
+from zo_lightning.centred import Centred  # noqa: F401  # what is imported with estimators, configurations can name
 from zo_lightning.estimators.backprop import Backprop
 from zo_lightning.estimators.base import GradientEstimator
 from zo_lightning.estimators.direct_feedback_alignment import DirectFeedbackAlignment
