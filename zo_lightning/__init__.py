@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         Regressor,
         TrainingDiverged,
     )
-    from zo_lightning.nets import ScalableCNN, SmallCNN
+    from zo_lightning.nets import MLP, ScalableCNN, SmallCNN
     from zo_lightning.objective import NonFiniteLoss, Objective
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
     from zo_lightning.shaping import CentredRanks, Shaping, Standardised
@@ -61,7 +61,7 @@ _HOMES = {
         "Regressor",
         "TrainingDiverged",
     ),
-    "nets": ("ScalableCNN", "SmallCNN"),
+    "nets": ("MLP", "ScalableCNN", "SmallCNN"),
     "objective": ("NonFiniteLoss", "Objective"),
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
     "shaping": ("CentredRanks", "Shaping", "Standardised"),

@@ -16,7 +16,7 @@ SEEDS = (1, 2, 3)
 def made(results: Results, accuracy: Any, loss: Any = lambda d: 1.0, seconds: float = 2.0) -> dict[str, Claim]:
     """The claims of a study in which the reference has the accuracy 0.9 and the loss 1, and an epoch of a second."""
     rows = []
-    for net, d in results.nets.items():
+    for net, d in results.tasks.items():
         for seed in SEEDS:
             for method in ("FO-AdaMM", "ZO-AdaMM"):
                 other = method == "ZO-AdaMM"
@@ -25,7 +25,7 @@ def made(results: Results, accuracy: Any, loss: Any = lambda d: 1.0, seconds: fl
                     rows.append(
                         {
                             **dict.fromkeys(results.table.columns, 0.0),
-                            **{"method": method, "net": net, "d": d, "seed": seed, "epoch": epoch},
+                            **{"method": method, "task": net, "d": d, "seed": seed, "epoch": epoch},
                             "val_accuracy": (accuracy(d) if other else 0.9) * epoch / 3 + (noise if other else 0),
                             "val_loss": loss(d) * (1 + noise) if other else 1.0,
                             "train_loss": 1.0,

@@ -85,9 +85,9 @@ def _by_size(results: Results, method: str, compare: Compare, most: float = 1.0)
     """A comparison with the reference's run of the same seed, within ±``most``: its mean, at the ends of the sizes."""
     found = {}
     table, ref = results.table, results.study.reference
-    sizes = list(results.nets.items())
-    for net, d in dict([sizes[0], sizes[-1]]).items():
-        runs = dict(list(table[table["net"] == net].groupby(["method", "seed"])))
+    sizes = list(results.tasks.items())
+    for task, d in dict([sizes[0], sizes[-1]]).items():
+        runs = dict(list(table[table["task"] == task].groupby(["method", "seed"])))
         seeds = [seed for name, seed in runs if name == method and (ref, seed) in runs]
         values = [compare(runs[method, seed], runs[ref, seed]) for seed in seeds]
         if values and np.isfinite(values).all():
