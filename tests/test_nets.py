@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d, relu
 
-from zo_lightning.nets import ScalableCNN, SmallCNN
+from zo_lightning.nets import MLP, ScalableCNN, SmallCNN
 
 
 def size(net: nn.Module) -> int:

@@ -94,6 +94,7 @@ __all__ = [
     "GradientEstimator",
     "GradientFree",
     "LowRank",
+    "MLP",
     "NonFiniteLoss",
     "NormalizedSGD",
     "Objective",

@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from zo_lightning import Backprop, Classifier, ForwardDifference, GradientEstimator, SmallCNN, ZerothOrder
-from zo_lightning.callbacks import PassBudget
+from zo_lightning.callbacks import ExactResume, PassBudget
 from zo_lightning.data import Digits
 
 
@@ -77,21 +77,21 @@ def test_learning_rate_decays_over_the_budget(tmp_path: Path, schedule: Any, fac
 @pytest.mark.parametrize("stopped", [4, 12])  # within an epoch, and at its end
 def test_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, stopped: int) -> None:
     whole, rates = model(), Rates()
-    trainer(tmp_path, PassBudget(60), rates).fit(whole, Digits(128, 0, 1))
+    trainer(tmp_path, ExactResume(), PassBudget(60), rates).fit(whole, Digits(128, 0, 1))
     begun, before = model(), Rates()
-    first = trainer(tmp_path, PassBudget(60), before, max_steps=stopped)
+    first = trainer(tmp_path, ExactResume(), PassBudget(60), before, max_steps=stopped)
     first.fit(begun, Digits(128, 0, 1))
     first.save_checkpoint(tmp_path / "stopped.ckpt")
     resumed, after, budget = model(), Rates(), PassBudget(60)
-    trainer(tmp_path, budget, after).fit(resumed, Digits(128, 0, 1), ckpt_path=tmp_path / "stopped.ckpt")
+    trainer(tmp_path, ExactResume(), budget, after).fit(resumed, Digits(128, 0, 1), ckpt_path=tmp_path / "stopped.ckpt")
     assert before.seen + after.seen == rates.seen
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
-    done = trainer(tmp_path, budget)
+    done = trainer(tmp_path, ExactResume(), budget)
     done.fit(resumed, Digits(128, 0, 1))
     spent = budget.spent
     done.save_checkpoint(tmp_path / "done.ckpt")
     again = PassBudget(60)
-    trainer(tmp_path, again).fit(model(), Digits(128, 0, 1), ckpt_path=tmp_path / "done.ckpt")
+    trainer(tmp_path, ExactResume(), again).fit(model(), Digits(128, 0, 1), ckpt_path=tmp_path / "done.ckpt")
     assert again.spent == spent  # nothing was left
 
 

@@ -149,8 +149,8 @@ def _chosen_rates(runs: Runs, number: int) -> Section:
     said = "Each method had as many trials as the others."
     if runs.study is not None and (trials := runs.study.trials) is not None:
         said = (
-            f"Each method had as many trials as the others, of {trials.budget:,} passes with seed {trials.seed}, judged "
-            f"on {100 * trials.val_size:g} % of the training data, which they had not seen."
+            f"Each method had as many trials as the others, of {trials.budget:,} passes with seed {trials.seed}, "
+            f"judged on {100 * trials.val_size:g} % of the training data, which they had not seen."
         )
     edge = f" The best was the smallest or the largest that was tried: {'; '.join(edges)}." if edges else ""
     return Section(
@@ -186,8 +186,8 @@ def _overview(runs: Runs) -> str:
     return (
         f"{len(runs.methods)} methods, {len(runs.tasks)} tasks, budgets of {', '.join(f'{b:,}' for b in budgets)} "
         f"forward passes of 128 examples, seeds {', '.join(map(str, seeds))}: {len(runs.table)} of {total} cells are "
-        "finished. Each budget is a run of its own, whose learning rate decays to 0 until it is spent. Equal seeds have "
-        "the same initialisation."
+        "finished. Each budget is a run of its own, whose learning rate decays to 0 until it is spent. Equal seeds "
+        "have the same initialisation."
     )
 
 
