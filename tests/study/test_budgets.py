@@ -31,7 +31,7 @@ methods:
 tasks:
   conv: {model: {net: SmallCNN}, data: {class_path: Digits, init_args: {val_size: 0}}}
   linear:
-    model: {net: {class_path: MLP, init_args: {hidden: []}}}
+    model: {net: {class_path: zo_lightning.MLP, init_args: {hidden: []}}}
     data: {class_path: Digits, init_args: {val_size: 0}}
 budgets: [9, 30]
 seeds: [1, 2]
