@@ -121,7 +121,8 @@ def test_without_a_finished_trial_its_runs_fail(home: Path, tmp_path: Path, monk
     assert main(words) == 1
     error = capsys.readouterr().err
     assert "signs, conv, 30 passes, seed 1: its learning rate is not chosen" in error
-    assert len(read_runs(STUDY).table) == 4
+    assert set(read_runs(STUDY).table[["task", "method"]].itertuples(index=False, name=None)) >= {("conv", "FO")}
+    assert {cell.split(",")[0] for cell in read_runs(STUDY).missing} == {"signs"}
 
 
 def test_report_says_who_wins_and_how_rates_were_chosen(home: Path) -> None:
@@ -141,8 +142,7 @@ def test_table_alone_gives_the_same_figures(home: Path, tmp_path: Path) -> None:
     assert main(["report", str(tmp_path / "results.csv")]) == 0
     assert (tmp_path / "results.csv").read_bytes() == (home / STUDY / "report" / "results.csv").read_bytes()
     there, here = ((folder / "summary.md").read_text() for folder in (home / STUDY / "report", tmp_path))
-    [winners] = (text[text.index("| task") : text.index("Test accuracy of")] for text in [there])
-    assert winners in here
+    assert there[there.index("| task") : there.index("Test accuracy of")] in here
     assert (tmp_path / "budgets_conv.png").is_file()
 
 

@@ -62,12 +62,9 @@ def read_runs(source: Path) -> Runs:
 
 
 def write_runs(runs: Runs, path: Path) -> None:
-    """Write the table as CSV, in digits that mean something."""
-    table = runs.table.copy()
-    table["accuracy"], table["loss"] = table["accuracy"].round(5), table["loss"].round(5)
-    table["passes"], table["seconds"] = table["passes"].round(2), table["seconds"].round(2)
-    table["flops"] = table["flops"].map(lambda value: "" if np.isnan(value) else f"{value:.0f}")
-    table.to_csv(path, index=False)
+    """Write the table as CSV, as ``read_runs`` reads it."""
+    whole = runs.table["flops"].map(lambda value: "" if np.isnan(value) else f"{value:.0f}")
+    runs.table.assign(flops=whole).to_csv(path, index=False)
 
 
 def has_columns(path: Path) -> bool:
@@ -107,7 +104,8 @@ def _from_folder(folder: Path) -> Runs:
     if not rows:
         reasons = ", ".join(sorted(set(missing.values())))
         raise UserError(f"'{folder}': none of its {len(missing)} cells is finished ({reasons})")
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    digits = {"accuracy": 5, "loss": 5, "passes": 2, "seconds": 2}  # that mean something: the table is to be read
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).round(digits)
     order = {"task": list(study.tasks), "method": list(study.methods)}
     table = table.sort_values(
         ["task", "method", "budget", "seed"],
