@@ -218,3 +218,18 @@ def test_a_received_folder_is_data_and_no_code(finished: Path, tmp_path: Path, m
     assert re.search(r"Not measured: .* names received\.Thing, which a report does not import .*--trust", summary)
     assert main(["report", str(study), "--trust"]) == 0
     assert (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_measured_may_be_deleted(
+    finished: Path, report: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    shutil.copytree(finished, tmp_path / "finished")
+    shutil.copytree(report, tmp_path / "made")
+    for kind in ("snapshots", "checkpoints"):
+        for folder in (tmp_path / "finished").rglob(kind):
+            shutil.rmtree(folder)
+    monkeypatch.chdir(tmp_path / "finished")
+    assert main(["report", "lightning_logs/tiny", "--output", str(tmp_path / "made")]) == 0
+    for name in ("similarity.csv", "line.csv", "sharpness.csv"):
+        pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "made" / name), pd.read_csv(report / name))
+    assert "No run has its last weights" not in (tmp_path / "made" / "summary.md").read_text()

@@ -15,7 +15,20 @@ from zo_lightning.user_errors import UserError
 from zo_lightning.yaml_files import read_text
 
 _SECTIONS = ("model", "data", "trainer", "checkpoint", "last_checkpoint", "progress_bar")
-_KEYS = ("name", "base", "common", "methods", "nets", "tasks", "seeds", "budgets", "trials", "reference", "snapshots")
+_KEYS = (
+    "name",
+    "base",
+    "common",
+    "methods",
+    "nets",
+    "tasks",
+    "seeds",
+    "budgets",
+    "trials",
+    "reference",
+    "control",
+    "snapshots",
+)
 _METHOD_KEYS = ("base", "by_task", "learning_rates", *_SECTIONS)
 _TASK_KEYS = ("base", *_SECTIONS)
 _TRIAL_KEYS = ("budget", "seed", "val_size")
@@ -36,6 +49,7 @@ def read_study(path: str | Path, options: tuple[str, ...] = ()) -> Study:
     - ``budgets``: forward passes of 128 examples, a run each, by default none: the configuration says when a run ends;
     - ``trials``: how learning rates are chosen: ``budget``, ``seed`` and ``val_size``, the share that is held out;
     - ``reference``: the method that the others are compared with, by default the first;
+    - ``control``: the method that is the reference but for the order of the batches;
     - ``snapshots``: epochs from one snapshot of all weights to the next, or null for none; the default is 1, and null
       where there are budgets.
 
@@ -54,6 +68,9 @@ def read_study(path: str | Path, options: tuple[str, ...] = ()) -> Study:
     reference = str(text.get("reference", next(iter(methods))))
     if reference not in map(str, methods):
         raise UserError(f"{path}: reference '{reference}' is none of the methods {', '.join(map(str, methods))}")
+    control = text.get("control")
+    if control is not None and (str(control) not in map(str, methods) or str(control) == reference):
+        raise UserError(f"{path}: control '{control}' is to be one of the methods, and not the reference '{reference}'")
     budgets = _whole_numbers(text.get("budgets") or [], "budgets", 1, path)
     every = text.get("snapshots", None if budgets else 1)
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
@@ -68,6 +85,7 @@ def read_study(path: str | Path, options: tuple[str, ...] = ()) -> Study:
         tasks=tasks,
         seeds=_whole_numbers(seeds, "seeds", 0, path),
         reference=reference,
+        control=None if control is None else str(control),
         snapshots=every,
         options=options,
         budgets=budgets,

@@ -103,6 +103,8 @@ class Study:
         options: words of the command line that every cell's ``fit`` is given.
         budgets: forward passes of 128 examples, a run each; none: the configuration says when a run ends.
         trials: how the methods' learning rates are chosen; None: they have none to choose from.
+        control: the method that is the reference but for the order of the batches: how far its minima lie from the
+            reference's says what "different" means.
 
     Raises:
         UserError: the declaration has no cells, or is otherwise not as described.
@@ -118,6 +120,7 @@ class Study:
     options: tuple[str, ...] = ()
     budgets: tuple[int, ...] = ()
     trials: Trials | None = None
+    control: str | None = None
 
     def __post_init__(self) -> None:
         for name in (*self.methods, *self.tasks):
@@ -153,6 +156,7 @@ class Study:
         return {
             "name": self.name,
             "reference": self.reference,
+            "control": self.control,
             "snapshots": self.snapshots,
             "seeds": list(self.seeds),
             "budgets": list(self.budgets),
@@ -184,6 +188,7 @@ class Study:
             tasks={name: tuple(overlays) for name, overlays in declaration["tasks"].items()},
             seeds=tuple(declaration["seeds"]),
             reference=declaration["reference"],
+            control=declaration["control"],
             snapshots=declaration["snapshots"],
             options=tuple(declaration["options"]),
             budgets=tuple(declaration["budgets"]),

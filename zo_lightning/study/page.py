@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from zo_lightning.study.claims import claims_of
+from zo_lightning.study.claims import Claim
 from zo_lightning.study.grid import Study
 from zo_lightning.study.results import Results
 from zo_lightning.study.sections import Section
@@ -24,12 +24,12 @@ _CLAIMS_NOTE = (
 _PUBLISHED_NOTE = " Published: mean of 10 runs, after the same epoch."
 
 
-def html(results: Results, table: pd.DataFrame, sections: list[Section]) -> str:
+def html(results: Results, claims: list[Claim], table: pd.DataFrame, sections: list[Section]) -> str:
     """The page, whose figures are drawn: one file that needs no other."""
     return rendered(
         name=results.study.name,
         overview=_overview(results),
-        claims=claims_of(results),
+        claims=claims,
         claims_note=_CLAIMS_NOTE,
         diverged=_diverged(results) if results.diverged else "",
         missing=_missing(results),
@@ -75,10 +75,10 @@ def section_lines(section: Section) -> list[str]:
     return lines + [f"Not drawn ({one.name}): {one.reason}." for one in section.figures if one.reason]
 
 
-def markdown(results: Results, table: pd.DataFrame, sections: list[Section]) -> str:
+def markdown(results: Results, claims: list[Claim], table: pd.DataFrame, sections: list[Section]) -> str:
     """The summary, which shows the figures that lie beside it as PNG."""
     lines = [f"# Study {results.study.name}", "", _overview(results), ""]
-    if claims := claims_of(results):
+    if claims:
         lines += ["## What came out", ""]
         lines += [f"- {claim.sentence} **{claim.verdict.capitalize()}**: {claim.numbers}." for claim in claims]
         lines += ["", _CLAIMS_NOTE, ""]

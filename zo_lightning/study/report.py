@@ -12,12 +12,13 @@ import pandas as pd
 
 from zo_lightning.study.answers import final_table
 from zo_lightning.study.budget_report import sections_by_task, write_budget_files
+from zo_lightning.study.claims import claims_of
 from zo_lightning.study.figures import NothingToDraw
 from zo_lightning.study.figures.panels import legend, split
 from zo_lightning.study.folder import read_declaration
 from zo_lightning.study.minima import LINE, SHARPNESS, measure_minima
 from zo_lightning.study.page import html, markdown
-from zo_lightning.study.results import COLUMNS, read_results, write_results
+from zo_lightning.study.results import COLUMNS, Results, read_results, write_results
 from zo_lightning.study.runs import Fit
 from zo_lightning.study.runs_table import has_columns, read_runs
 from zo_lightning.study.sections import Drawing, Section, minima_section, sections_of
@@ -34,8 +35,9 @@ def write_report(
 
     The key figures go to TensorBoard as well. Nothing is trained; ``build`` makes the nets and the data of which the
     loss is evaluated, where their classes are ours or PyTorch's, or ``trusted``. What is missing in an unfinished study
-    is named, and the rest is drawn. ``source`` is the folder of a study, or a table that the report on a study with
-    budgets has written.
+    is named, and the rest is drawn. Weights take room, and may be deleted once a report has measured them: what
+    ``output`` says of a finished run whose weights are gone stays. ``source`` is the folder of a study, or a table that
+    the report on a study with budgets has written.
 
     Returns:
         The page.
@@ -47,22 +49,39 @@ def write_report(
         return _write_budget_report(source, output, progress)
     results = read_results(source)
     _claim(output)
-    similar = similarity(results, progress)
+    similar = _with_earlier(similarity(results, progress), output / "similarity.csv", results)
     try:
         (line, around), unmeasured = measure_minima(results, build, progress, trusted), ""
     except UserError as error:  # the runs' data are gone, or their code is not to be run; the rest needs neither
         line, around, unmeasured = pd.DataFrame(columns=list(LINE)), pd.DataFrame(columns=list(SHARPNESS)), str(error)
-    table = final_table(results)
+    line, around = (
+        _with_earlier(new, output / f"{name}.csv", results) for name, new in (("line", line), ("sharpness", around))
+    )
+    table, claims = final_table(results), claims_of(results, similar, around)
     sections = [*sections_of(results, similar), minima_section(results, line, around, unmeasured)]
     write_results(results, output / "results.csv")
     for name, measured in (("similarity", similar), ("line", line), ("sharpness", around)):
         measured.to_csv(output / f"{name}.csv", index=False)
     with _tensorboard(output) as writer:
         _draw_all(sections, output, writer, progress)
-    (output / "summary.md").write_text(markdown(results, table, sections), encoding="utf-8")
+    (output / "summary.md").write_text(markdown(results, claims, table, sections), encoding="utf-8")
     page = output / PAGE
-    page.write_text(html(results, table, sections), encoding="utf-8")
+    page.write_text(html(results, claims, table, sections), encoding="utf-8")
     return page
+
+
+def _with_earlier(measured: pd.DataFrame, file: Path, results: Results) -> pd.DataFrame:
+    """What was measured, and what an earlier report has measured of runs that now have no weights."""
+    keys = ["method", "task", "seed"]
+    if not file.is_file():
+        return measured
+    earlier = pd.read_csv(file)
+    if list(earlier.columns) != list(measured.columns):
+        return measured
+    finished = {(cell.method, cell.task, cell.seed) for cell in results.cells}
+    wanted = finished - set(measured[keys].itertuples(index=False, name=None))
+    kept = [key in wanted for key in earlier[keys].itertuples(index=False, name=None)]
+    return pd.concat([measured, earlier[kept]], ignore_index=True) if any(kept) else measured
 
 
 def _write_budget_report(source: Path, output: Path, progress: Progress) -> Path:
