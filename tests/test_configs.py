@@ -88,5 +88,5 @@ def test_betas_are_written_where_the_optimizer_is_chosen(file: Path) -> None:
     """Where a file beneath has some, an overlay that changes the class alone would inherit them unseen."""
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     for method in (config.get("methods") or {"": config}).values():
-        chosen = [one for one in optimizers({**method, "by_scale": None}) if "Adam" in one["class_path"]]
+        chosen = [one for one in optimizers({**method, "by_task": None}) if "Adam" in one["class_path"]]
         assert all("betas" in one["init_args"] for one in chosen)

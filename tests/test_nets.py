@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d, relu
 
-from zo_lightning.nets import ResidualBlock, ResNet20, ScalableCNN, SmallCNN, SmallVGG
+from zo_lightning.nets import MLP, ResidualBlock, ResNet20, ScalableCNN, SmallCNN, SmallVGG
 
 
 def size(net: nn.Module) -> int:
@@ -25,7 +25,7 @@ def test_scalable_cnn_has_the_published_sizes(scale: float, widths: tuple[int, i
     assert size(ScalableCNN(scale)) == d
 
 
-@pytest.mark.parametrize("net_class", [SmallCNN, ScalableCNN, SmallVGG, ResNet20])
+@pytest.mark.parametrize("net_class", [SmallCNN, ScalableCNN, SmallVGG, ResNet20, MLP])
 def test_seed_decides_the_weights(net_class: type[nn.Module]) -> None:
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -58,7 +58,7 @@ def test_forward_is_the_published_composition() -> None:
     assert torch.equal(scalable(images), scalable.fc3(hidden))
 
 
-@pytest.mark.parametrize("net_class", [SmallCNN, ScalableCNN])
+@pytest.mark.parametrize("net_class", [SmallCNN, ScalableCNN, MLP])
 def test_other_images_and_classes(net_class: type[nn.Module]) -> None:
     net = net_class(num_classes=7, in_channels=3, image_size=32)
     assert net(torch.rand(2, 3, 32, 32)).shape == (2, 7)
@@ -125,3 +125,14 @@ def test_sizes_that_give_no_vgg_are_named(argument: str, value: int) -> None:
     arguments: dict[str, Any] = {argument: value}
     with pytest.raises(ValueError, match=f"{argument}={value} must be at least"):
         SmallVGG(**arguments)
+
+
+def test_mlp_is_linear_layers_with_relu_between_them() -> None:
+    torch.manual_seed(0)
+    net, images = MLP(), torch.rand(4, 1, 28, 28)
+    assert size(net) == 784 * 128 + 128 + 128 * 10 + 10
+    first, second = (layer for layer in net.modules() if isinstance(layer, nn.Linear))
+    assert torch.equal(net(images), second(relu(first(images.flatten(1)))))
+    assert size(MLP(hidden=(), num_classes=3, in_channels=2, image_size=4)) == 32 * 3 + 3
+    with pytest.raises(ValueError, match=r"sizes must be at least 1, got 1x28x28, \(0, 10\)"):
+        MLP(hidden=(0,))

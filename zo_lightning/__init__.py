@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         Regressor,
         TrainingDiverged,
     )
-    from zo_lightning.nets import ResNet20, ScalableCNN, SmallCNN, SmallVGG
+    from zo_lightning.nets import MLP, ResNet20, ScalableCNN, SmallCNN, SmallVGG
     from zo_lightning.objective import NonFiniteLoss, Objective
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
     from zo_lightning.shaping import CentredRanks, Shaping, Standardised
@@ -67,7 +67,7 @@ _HOMES = {
         "Regressor",
         "TrainingDiverged",
     ),
-    "nets": ("ResNet20", "ScalableCNN", "SmallCNN", "SmallVGG"),
+    "nets": ("MLP", "ResNet20", "ScalableCNN", "SmallCNN", "SmallVGG"),
     "objective": ("NonFiniteLoss", "Objective"),
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
     "shaping": ("CentredRanks", "Shaping", "Standardised"),
@@ -102,6 +102,7 @@ __all__ = [
     "GradientEstimator",
     "GradientFree",
     "LowRank",
+    "MLP",
     "NonFiniteLoss",
     "NormalizedSGD",
     "Objective",
