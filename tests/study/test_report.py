@@ -155,7 +155,7 @@ def test_what_came_out_is_said_first(report: Path) -> None:
     assert re.search(
         rf"- ZO-AdaMM ends less accurate than FO-AdaMM\. {verdict}: accuracy − FO-AdaMM's: [-+]0\.", summary
     )
-    assert len(re.findall(verdict, summary)) == page.count('<b class="verdict') == 4
+    assert len(re.findall(verdict, summary)) == page.count('<b class="verdict') >= 5
 
 
 @pytest.mark.parametrize("width", [1400, 400])
