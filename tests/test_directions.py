@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from zo_lightning import counter
-from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere, Vector
+from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere
+from zo_lightning.vectors import Vector
 
 
 def test_sphere_has_norm_root_d() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zo_lightning.black_box import BlackBoxLoss
-from zo_lightning.directions import Direction, LowRank, Vector
+from zo_lightning.directions import Direction, LowRank
 from zo_lightning.objective import Objective, check_loss
 from zo_lightning.perturbed.many import Displaced, losses_at
 from zo_lightning.perturbed.state import State
@@ -125,7 +125,7 @@ class Batched(Evaluation):
             losses = done + (losses_at(objective, weights, seen, distances[rows]) if len(done) < len(distances) else [])
             for index, direction in enumerate(chunk):
                 if begin == index == 0 and direction.held is not None:  # which becomes the estimate
-                    direction.held = Vector.like(weights).copy_(direction.held)
+                    direction.held = state.scratch("estimate", weights).copy_(direction.held)
                 along = Told([*([] if centre is None else [centre]), *losses[index :: len(chunk)]])
                 yield from along.probes(objective, weights, [direction], stencil, state)
 

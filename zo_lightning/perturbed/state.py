@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.directions import Direction, Vector
+from zo_lightning.directions import Direction
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.weights import DisplacedWeights, ExchangedWeights, Points, Recent, Value, Weights
+from zo_lightning.vectors import Vector
 
 T = TypeVar("T")
 
@@ -29,6 +30,10 @@ class State:
         self.visible: dict[str, bool] = {}
         self._shown: list[str] = []  # names of the weights, once a pass has shown that nothing has to be watched
         self._scratch: dict[str, tuple[Vector, int | None, list[Any]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has memory of its own."""
+        return {**vars(self), "_scratch": {}}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how a run goes on, as plain containers and tensors."""
@@ -107,13 +112,13 @@ class State:
         return Points(points)
 
     def scratch(self, name: str, weights: Weights, rows: int | None = None) -> Vector:
-        """Tensors like the weights, or [rows, ...], whose memory is kept from one step to the next.
+        """Tensors like the weights, or [rows, ...], whose memory is kept from one step to the next, unless it is lent.
 
         Memory that is given back and asked for again comes as new pages, each at the price of a page fault: on a net of
         2.8 million weights those took longer than the arithmetic of the whole step.
         """
         kept, *like = self._scratch.get(name, (None, None, None))
-        if kept is None or like != [rows, weights.kinds]:
+        if kept is None or like != [rows, weights.kinds] or not kept.is_free:
             kept = Vector.like(weights) if rows is None else Vector.stack(weights, rows)
             self._scratch[name] = kept, rows, weights.kinds
         return kept
