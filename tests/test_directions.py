@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from zo_lightning import counter
-from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere
+from zo_lightning.directions import Coordinate, Directions, Gaussian, Rademacher, Sphere
+from zo_lightning.low_rank import LowRank
 from zo_lightning.vectors import Vector
 
 
@@ -107,11 +108,17 @@ def test_a_direction_has_the_strides_of_its_weights() -> None:
             assert torch.equal(a, b), "the numbers do not depend on the strides"
 
 
+def test_the_sphere_is_one_at_three_million_weights_too() -> None:
+    u = Sphere().draw([torch.empty(1700, 1700), torch.empty(3)], 0, 0, 0).tensors()
+    # Numbers are rounded by up to 6e-8 each; one running sum in float32 was off by 6e-5.
+    assert sum(float(t.double().square().sum()) for t in u) / 2_890_003 == pytest.approx(1, abs=2e-7)
+
+
 @pytest.mark.parametrize("weights", [[torch.zeros(3, 2), torch.zeros(5)], [torch.zeros(3, 2), torch.zeros(5).double()]])
 def test_vectors_are_scaled_and_summed(weights: list[torch.Tensor]) -> None:
     """As one tensor where the weights are alike, one by one otherwise."""
     stack = Vector.stack(weights, 4)
-    first, second = stack.row(0), stack.rows(slice(1, 3)).row(0)
+    first, second = stack.unstack()[0], stack.rows(slice(1, 3)).unstack()[0]
     assert (first.flat is None) == (weights[1].dtype == torch.float64)
     for place, other in zip(first, second, strict=True):
         place.fill_(2.0)

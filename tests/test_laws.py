@@ -3,8 +3,10 @@
 A new distribution or estimator gets all of these tests by adding a row.
 """
 
+import gc
 import math
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -501,3 +503,21 @@ def test_law_10_derivatives_need_a_graph(make: Make, outside: Callable[[Tensor],
         estimated(make(1), lambda: outside(loss()), net)  # type: ignore[arg-type,return-value]
     if not make(1).is_exact:
         assert_unchanged(net, before)
+
+
+@every
+def test_an_estimate_leaves_nothing_behind_that_holds_the_module(make: Make) -> None:
+    """No reference in a circle: the memory of a large net would stay until Python looks for such."""
+    net, loss = problem()
+    estimated(make(2), loss, net)  # PyTorch imports some of its parts at the first call, and they hold frames
+    del net, loss
+    gc.collect()
+    gc.disable()
+    try:
+        net, loss = problem()
+        estimated(make(2), loss, net)
+        module = weakref.ref(net)
+        del net, loss
+        assert module() is None
+    finally:
+        gc.enable()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from zo_lightning.ask_tell import AskTell
     from zo_lightning.black_box import BlackBox, BlackBoxLoss, EvaluationFailed
     from zo_lightning.callbacks.gradient_free import GradientFree
-    from zo_lightning.directions import Coordinate, Directions, Gaussian, LowRank, Rademacher, Sphere
+    from zo_lightning.directions import Coordinate, Directions, Gaussian, Rademacher, Sphere
     from zo_lightning.distributed import Distributed, ProcessLost, WeightsDiverged
     from zo_lightning.estimators import (
         Backprop,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ZerothOrder,
     )
     from zo_lightning.evaluation import Batched, Evaluation, OneByOne
+    from zo_lightning.low_rank import LowRank
     from zo_lightning.minimization import Result, minimize
     from zo_lightning.modules import (
         AutomaticClassifier,
@@ -42,7 +43,8 @@ _HOMES = {
     "ask_tell": ("AskTell",),
     "black_box": ("BlackBox", "BlackBoxLoss", "EvaluationFailed"),
     "callbacks.gradient_free": ("GradientFree",),
-    "directions": ("Coordinate", "Directions", "Gaussian", "LowRank", "Rademacher", "Sphere"),
+    "directions": ("Coordinate", "Directions", "Gaussian", "Rademacher", "Sphere"),
+    "low_rank": ("LowRank",),
     "distributed": ("Distributed", "ProcessLost", "WeightsDiverged"),
     "estimators": (
         "Backprop",

@@ -5,7 +5,8 @@ bijection of a counter of 256 bits for each key of 128. Streams are told apart b
 of them share a block.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import get_ident
@@ -24,6 +25,8 @@ _PIECE = 1 << 20  # numbers drawn at once: what is beside them takes little memo
 _COPIED = 1 << 18  # so many words or fewer are computed by the CPU for other devices: some hundred kernels take longer
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+
+_log = logging.getLogger(__name__)
 
 
 def mix(*words: int) -> int:
@@ -76,7 +79,14 @@ class Stream:
         return philox(counters, (self.seed, self.step)).T.reshape(-1)[:count]
 
     def signs(self, out: Tensor, start: int) -> None:
-        """Write independent signs ±1, those from ``start`` on, a multiple of ``ALIGNMENT``: one bit for each."""
+        """Write independent signs ±1 into ``out`` [n], those from ``start`` on: ``draw_signs`` for one stream."""
+        draw_signs([self], out.unsqueeze(0), start)
+
+    def normals(self, out: Tensor, start: int) -> None:
+        """Write normal numbers into ``out`` [n], those from ``start`` on: ``draw_normals`` for one stream."""
+        draw_normals([self], out.unsqueeze(0), start)
+
+    def _signs(self, out: Tensor, start: int) -> None:
         signs = _signs(out.device, out.dtype)
         for begin, piece in _pieces(out):
             whole, rest = divmod(len(piece), 8)
@@ -88,18 +98,66 @@ class Stream:
             else:
                 torch.index_select(signs, 0, bits[:whole].int(), out=piece[: 8 * whole].view(whole, 8))
             if rest:
-                piece[8 * whole :] = signs[int(bits[whole])][:rest]
+                piece[8 * whole :] = signs[bits[whole:rows].int()].view(-1)[:rest]
 
-    def normals(self, out: Tensor, start: int) -> None:
-        """Write independent standard normal numbers, those from ``start`` on, a multiple of ``ALIGNMENT``.
-
-        A number has 16 bits: they choose one of 65,536 equally likely values, the quantiles of the normal distribution
-        up to ±4.3, with mean 0 and variance 1. So numbers are the same on every device, to the last bit.
-        """
+    def _normals(self, out: Tensor, start: int) -> None:
         quantiles = _quantiles(out.device, out.dtype)
         for begin, piece in _pieces(out):
             words = self.words((start + begin) // 16, -(-len(piece) // 4), out.device)
             torch.index_select(quantiles, 0, words.view(torch.uint16).int()[: len(piece)], out=piece)
+
+
+def draw_signs(streams: Sequence[Stream], out: Tensor, start: int) -> None:
+    """Write independent signs ±1 of each stream into a row of ``out``: one bit for each.
+
+    Args:
+        streams: of one seed and step.
+        out: [streams, n], the numbers of a row side by side in memory.
+        start: of the first sign in its stream, a multiple of ``ALIGNMENT``.
+    """
+    indices = _evenly_spaced(streams)
+    if indices and (kernels := _kernels(out.device)):
+        kernels.signs(out, start // 256, (streams[0].seed, streams[0].step), indices)
+        return
+    for stream, row in zip(streams, out, strict=True):
+        stream._signs(row, start)
+
+
+def draw_normals(streams: Sequence[Stream], out: Tensor, start: int) -> None:
+    """Write independent standard normal numbers of each stream into a row of ``out``, as ``draw_signs`` does.
+
+    A number has 16 bits: they choose one of 65,536 equally likely values, the quantiles of the normal distribution
+    up to ±4.3, with mean 0 and variance 1. So numbers are the same on every device, to the last bit.
+    """
+    indices = _evenly_spaced(streams)
+    if indices and (kernels := _kernels(out.device)):
+        key = streams[0].seed, streams[0].step
+        kernels.normals(out, _quantiles(out.device, out.dtype), start // 16, key, indices)
+        return
+    for stream, row in zip(streams, out, strict=True):
+        stream._normals(row, start)
+
+
+def _evenly_spaced(streams: Sequence[Stream]) -> range | None:
+    """The indices of the streams, where they are those of a range."""
+    first, *rest = (stream.index for stream in streams)
+    indices = range(first, first + len(streams) * (stride := rest[0] - first if rest else 1), stride)
+    return indices if stride > 0 and list(indices) == [first, *rest] else None
+
+
+@lru_cache
+def _kernels(device: torch.device) -> Any:
+    """The module of kernels for a device, or None."""
+    if device.type != "cuda":
+        return None
+    try:
+        from zo_lightning import counter_kernels
+
+        counter_kernels.signs(torch.empty(1, 1, device=device), 0, (0, 0), range(1))
+    except Exception as error:  # no Triton, no compiler for it, a GPU that it does not know: each says so in its way
+        _log.warning("PyTorch computes random numbers on %s by itself, which takes longer: %s", device, error)
+        return None
+    return counter_kernels
 
 
 @lru_cache(16)

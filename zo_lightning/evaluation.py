@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zo_lightning.black_box import BlackBoxLoss
-from zo_lightning.directions import Direction, LowRank
+from zo_lightning.directions import Direction, hold_all
+from zo_lightning.low_rank import LowRank
 from zo_lightning.objective import Objective, check_loss
 from zo_lightning.perturbed.many import Displaced, losses_at
 from zo_lightning.perturbed.state import State
@@ -104,29 +105,32 @@ class Batched(Evaluation):
         if not drawn:  # of this process
             return
         offsets = [offset for offset in stencil.offsets if offset]
-        centre = first = None
-        with _Largest() if self.chunk_size is None else nullcontext() as largest:
-            if 0.0 in stencil.offsets:
-                centre = state.loss_at(objective, weights, _here(weights))
-            else:
-                first = state.loss_along(objective, weights, drawn[0], offsets[0] * stencil.mu)
+        is_central = 0.0 not in stencil.offsets
+        at = state.along(weights, drawn[0], offsets[0] * stencil.mu) if is_central else _here(weights)
+        measured = self.chunk_size is not None or state.chunk_size is not None
+        with nullcontext() if measured else _Largest() as largest:
+            first = state.run(objective, weights, at, objective.unread)
         if hidden := [name for name in weights.names if not state.visible[name]]:
             raise ValueError(
                 f"Batched has to see every use of a weight, and none of {', '.join(hidden[:5])} shows: freeze what is "
                 "not used, or take OneByOne()"
             )
-        size = min(self.chunk_size or _fitting(weights, len(offsets), largest.bytes if largest else 0), len(drawn))
+        if largest is not None:
+            state.chunk_size = _fitting(weights, len(offsets), largest.bytes)
+        size = min(self.chunk_size or state.chunk_size or 1, len(drawn))
+        known: list[float] = []
         for begin in range(0, len(drawn), size):
             chunk = drawn[begin : begin + size]
-            done = [first] if begin == 0 and first is not None else []
             seen, distances = self._points(weights, chunk, [offset * stencil.mu for offset in offsets], size, state)
-            rows = slice(len(done), None)
+            rows = slice(int(is_central and begin == 0), None)  # one of these points was the first pass
             seen = [[t[rows] for t in one] if isinstance(one, list) else one[rows] for one in seen]
-            losses = done + (losses_at(objective, weights, seen, distances[rows]) if len(done) < len(distances) else [])
+            losses = losses_at(objective, weights, seen, distances[rows]) if len(distances[rows]) else []
+            known = known or objective.read([first])  # a GPU has had the others in the meantime
+            losses = [*known[: rows.start], *losses]
             for index, direction in enumerate(chunk):
                 if begin == index == 0 and direction.held is not None:  # which becomes the estimate
                     direction.held = state.scratch("estimate", weights).copy_(direction.held)
-                along = Told([*([] if centre is None else [centre]), *losses[index :: len(chunk)]])
+                along = Told([*([] if is_central else known), *losses[index :: len(chunk)]])
                 yield from along.probes(objective, weights, [direction], stencil, state)
 
     def _points(
@@ -137,21 +141,20 @@ class Batched(Evaluation):
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in weights) else torch.float32
         distances = torch.tensor(moves, dtype=dtype, device=weights[0].device).repeat_interleave(count)
         distribution = chunk[0].distribution
-        if isinstance(distribution, LowRank):
-            factored = [p.ndim > 1 and not p.is_complex() and k not in weights.still for k, p in enumerate(weights)]
+        if isinstance(distribution, LowRank) and not weights.still and not any(p.is_complex() for p in weights):
+            together = distribution.together(chunk)
             seen: list[Displaced] = []
-            for k, p in enumerate(weights):
-                if factored[k]:
-                    pairs = [distribution.factors(p, direction, k) for direction in chunk]
-                    a, b = (torch.stack(of).to(p.dtype).repeat(len(moves), 1, 1) for of in zip(*pairs, strict=True))
+            for p, part in zip(weights, together.parts, strict=True):
+                if isinstance(part, tuple):
+                    a, b = (of.repeat(len(moves), 1, 1) for of in part)
                     seen.append([a / math.sqrt(distribution.rank), b])
                 else:
-                    u = torch.stack([direction[k] for direction in chunk])
-                    seen.append(torch.cat([torch.add(p.detach(), u, alpha=move) for move in moves]))
+                    seen.append(torch.cat([torch.add(p.detach(), part, alpha=move) for move in moves]))
+            for direction in chunk:
+                direction.together = together
             return seen, distances
         u, points = state.scratch("batch", weights, size), state.scratch("batch's points", weights, size * len(moves))
-        for index, direction in enumerate(chunk):
-            direction.hold(u.row(index))
+        hold_all(chunk, u.rows(slice(count)))
         for k, p in enumerate(weights):
             for turn, move in enumerate(moves):
                 rows = slice(turn * count, (turn + 1) * count)

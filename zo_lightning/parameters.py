@@ -77,17 +77,17 @@ def as_parameters(tensors: Iterable[Tensor]) -> Iterator[None]:
 def submodules(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """What ``module.named_modules()`` gives, in a third of the time: torchmetrics' modules are slow to hash."""
     found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
-
-    def visit(prefix: str, one: nn.Module) -> None:
-        seen.add(id(one))
-        found.append((prefix, one))
-        for name, child in one._modules.items():
-            if child is not None and id(child) not in seen:
-                visit(f"{prefix}.{name}" if prefix else name, child)
-
-    visit("", module)
+    _visit("", module, found, set())
     return found
+
+
+def _visit(prefix: str, module: nn.Module, found: list[tuple[str, nn.Module]], seen: set[int]) -> None:
+    # A function of its own: one within `submodules` would refer to itself, and keep the module until Python looks.
+    seen.add(id(module))
+    found.append((prefix, module))
+    for name, child in module._modules.items():
+        if child is not None and id(child) not in seen:
+            _visit(f"{prefix}.{name}" if prefix else name, child, found, seen)
 
 
 def mapped(function: Callable[[str, Any], Any], parameters: Parameters, name: str = "") -> Any:

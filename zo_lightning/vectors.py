@@ -53,9 +53,11 @@ class Vector(list[Tensor]):
         """Some rows of a stack."""
         return type(self)([t[of] for t in self], None if self.flat is None else self.flat[of])
 
-    def row(self, index: int) -> Self:
-        """One of a stack."""
-        return type(self)([t[index] for t in self], None if self.flat is None else self.flat[index])
+    def unstack(self) -> list[Self]:
+        """The rows of a stack."""
+        rows = zip(*(t.unbind() for t in self), strict=True)
+        flat = [None] * len(self[0]) if self.flat is None else self.flat.unbind()
+        return [type(self)(row, one) for row, one in zip(rows, flat, strict=True)]
 
     def copy_(self, other: "Vector") -> Self:
         """Take the numbers of another vector of the same weights."""

@@ -4,6 +4,7 @@ import math
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -147,10 +148,18 @@ def average(weights: Weights, probes: Iterable[Probe], samples: int) -> Estimate
 
 
 def _one_by_one(weights: Weights, lean: list[tuple[Direction, float]]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    (first, c), *rest = lean
+    groups = [(together, [*members]) for together, members in groupby(lean, lambda pair: pair[0].together)]
     for position, p in enumerate(weights):
-        gradient = first[position].mul_(c)
-        for direction, c_i in rest:
-            gradient.add_(direction[position], alpha=c_i)
+        gradient: Tensor | None = None
+        for together, members in groups:
+            if together is not None:
+                part = together.sum([c for _, c in members], position)
+                gradient = part if gradient is None else gradient.add_(part)
+                continue
+            for direction, c in members:
+                u = direction[position]
+                gradient = u.mul_(c) if gradient is None else gradient.add_(u, alpha=c)
+                del u  # or it would still be there while the next one is drawn
+        assert gradient is not None
         yield p, gradient
-        del gradient  # or it would still be there while the next one is drawn
+        del gradient

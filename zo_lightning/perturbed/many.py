@@ -73,16 +73,16 @@ class _Pass(DisplacedWeights):
         distance: Tensor,
         before_write: Callable[[Tensor], None],
     ) -> None:
-        super().__init__(tensors, self._formed, (), before_write)
-        self.displaced, self.distance = seen, distance
+        def formed(position: int) -> Tensor:  # no method, which would refer to the pass that refers to it
+            displaced = seen[position]
+            if isinstance(displaced, Tensor):
+                return displaced
+            a, b = displaced
+            weight = tensors[position].detach()
+            return weight + ((a * distance).to(a.dtype) @ b.T).view(weight.shape)
 
-    def _formed(self, position: int) -> Tensor:
-        displaced = self.displaced[position]
-        if isinstance(displaced, Tensor):
-            return displaced
-        a, b = displaced
-        weight = self.weights[position].detach()
-        return weight + ((a * self.distance).to(a.dtype) @ b.T).view(weight.shape)
+        super().__init__(tensors, formed, (), before_write)
+        self.displaced, self.distance = seen, distance
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function on displaced weights."""

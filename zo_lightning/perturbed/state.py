@@ -24,10 +24,12 @@ class State:
 
     Attributes:
         visible: by name of a weight, whether a pass has shown its use; if not, it is moved in place.
+        chunk_size: directions of which the points fit into memory together, once that was measured.
     """
 
     def __init__(self) -> None:
         self.visible: dict[str, bool] = {}
+        self.chunk_size: int | None = None
         self._shown: list[str] = []  # names of the weights, once a pass has shown that nothing has to be watched
         self._scratch: dict[str, tuple[Vector, int | None, list[Any]]] = {}
 
