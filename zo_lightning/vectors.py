@@ -96,10 +96,12 @@ class Vector(list[Tensor]):
 
     def _holders(self) -> tuple[int, int]:
         """How many hold the memory, in PyTorch and in Python; (0, 0) where that cannot be known."""
-        if self.flat is None or self.flat.device.type != "cpu" or self.flat.is_shared() or _users is None:
+        if self.flat is None or self.flat.device.type != "cpu" or _users is None:
             return 0, 0
         storage = self.flat.untyped_storage()
-        return (_users(storage._cdata), getrefcount(storage)) if storage.nbytes() else (0, 0)
+        if storage.is_shared() or not storage.nbytes():  # with other processes; given back
+            return 0, 0
+        return _users(storage._cdata), getrefcount(storage)
 
 
 def _are_alike(weights: Sequence[Tensor]) -> bool:
