@@ -90,7 +90,7 @@ class Stream:
         draw_normals([self], out.unsqueeze(0), start)
 
     def _signs(self, out: Tensor, start: int) -> None:
-        if out.device.type != "cpu":
+        if out.device.type != "cpu" or torch.compiler.is_compiling():  # by NumPy's bytes a compiler is at a loss
             rows = -(-len(out) // 8)
             bits = self.words(start // 256, -(-rows // 8), out.device).view(torch.uint8)[:rows].int()
             out.copy_(_signs(out.device, out.dtype)[bits].view(-1)[: len(out)])

@@ -163,8 +163,7 @@ class Objective:
         before = GlobalState(self._generators)
         self._guarded = True
         try:
-            # CUDA is looked at where it is in use alone: that costs as much as a random generator's state.
-            with torch.no_grad(), tf32(False) if torch.cuda.is_initialized() else nullcontext():
+            with torch.no_grad(), tf32(False):
                 yield
         finally:
             self._guarded = False
