@@ -4,9 +4,9 @@
 
 Every way estimates the gradient of the loss of 32 images, has the same number of forward passes, and is followed by the
 same update rule, ``NormalizedSGD`` with a linear decay, which takes away the size of an estimate: what is compared is
-where the estimates point. Signs and normal numbers are in the library (``Rademacher``, ``Gaussian``); the others did
-not do better here (docs/estimators.md has the table). Beside the accuracies stand the floating-point operations of a
-training, queries and what the way itself multiplies, and its seconds.
+where the estimates point. Signs, centred signs and normal numbers are in the library (``Rademacher``, ``Centred``,
+``Gaussian``); the others did not do better here (docs/black_box_results.md has the table). Beside the accuracies stand
+the floating-point operations of a training, queries and what the way itself multiplies, and its seconds.
 """
 
 import argparse
@@ -76,6 +76,16 @@ class BlackBox:
         here = self()
         return torch.tensor([(self(self.mu * u) - here) / self.mu for u in directions])
 
+    def signs(self, q: int) -> Tensor:
+        """Random signs [q, d]."""
+        return torch.randint(2, (q, self.d), generator=self.random).float() * 2 - 1
+
+    def centre(self, directions: Tensor) -> Tensor:
+        """Subtract the means of the rows of all matrices and kernels."""
+        parts = directions.split([p.numel() for p in self.net.parameters()], 1)
+        rows = [part.unflatten(1, (len(p), -1)) for part, p in zip(parts, self.net.parameters(), strict=True)]
+        return torch.cat([(r - r.mean(2, keepdim=True) * (r.shape[2] > 1)).flatten(1) for r in rows], 1)
+
     def normal(self, q: int) -> Tensor:
         """Normal directions [q, d]."""
         return torch.randn(q, self.d, generator=self.random)
@@ -83,8 +93,36 @@ class BlackBox:
 
 def signs(f: BlackBox, q: int) -> Tensor:
     """Random signs (SPSA, Spall 1992)."""
-    u = torch.randint(2, (q, f.d), generator=f.random).float() * 2 - 1
+    u = f.signs(q)
     return f.slopes(u) @ u
+
+
+def centred(f: BlackBox, q: int) -> Tensor:
+    """Random signs less the mean of each row of weights (``Centred``)."""
+    u = f.centre(f.signs(q))
+    return f.slopes(u) @ u
+
+
+def one_tensor(f: BlackBox, q: int) -> Tensor:
+    """Signs for one tensor of the net, another one each step, large ones more often (block coordinates)."""
+    sizes = torch.tensor([p.numel() for p in f.net.parameters()])
+    chosen = torch.multinomial(sizes.sqrt(), 1, generator=f.random)
+    u = f.signs(q) * torch.repeat_interleave(torch.arange(len(sizes)) == chosen, sizes)
+    return f.slopes(u) @ u
+
+
+def history(f: BlackBox, q: int) -> Tensor:
+    """Centred signs; the slopes that the momentum does not foretell correct it (as in RESZO, arXiv 2507.04223)."""
+    u = f.centre(f.signs(q))
+    return f.momentum + (f.slopes(u) - u @ f.momentum) @ u / q
+
+
+def softmax(f: BlackBox, q: int) -> Tensor:
+    """Pairs of centred signs at a finite radius, weighed by a softmax of their losses (in the manner of PolyStep)."""
+    u = f.centre(f.signs(q // 2))
+    u = torch.cat([u, -u])
+    losses = torch.tensor([f(f.mu * one) for one in u])
+    return -torch.softmax(-losses / losses.std().clamp_min(1e-12), 0) @ u
 
 
 def normal(f: BlackBox, q: int) -> Tensor:
@@ -107,14 +145,14 @@ def projection(f: BlackBox, q: int) -> Tensor:
 
 def standardised(f: BlackBox, q: int) -> Tensor:
     """Signs, slopes over their standard deviation (ARS, Mania, Guy & Recht 2018)."""
-    u = torch.randint(2, (q, f.d), generator=f.random).float() * 2 - 1
+    u = f.signs(q)
     slopes = f.slopes(u)
     return slopes @ u / slopes.std().clamp_min(1e-12)
 
 
 def ranks(f: BlackBox, q: int) -> Tensor:
     """Signs, and the ranks of the losses in the place of the losses (Salimans et al. 2017)."""
-    u = torch.randint(2, (q, f.d), generator=f.random).float() * 2 - 1
+    u = f.signs(q)
     shaped = CentredRanks().shaped([(0.0, slope) for slope in f.slopes(u).tolist()])
     return torch.tensor([moved - here for here, moved in shaped]) @ u
 
@@ -131,7 +169,7 @@ def guided(f: BlackBox, q: int, share: float) -> Tensor:
 
 def momentum_first(f: BlackBox, q: int) -> Tensor:
     """The slope along the momentum, and signs for the rest of the gradient."""
-    u = torch.randint(2, (q, f.d), generator=f.random).float() * 2 - 1
+    u = f.signs(q)
     size = f.momentum.norm()
     if not size:
         return f.slopes(u) @ u / q
@@ -172,20 +210,25 @@ class Outcome(NamedTuple):
 
 
 class Way(NamedTuple):
-    """An estimate, its number of directions, and whether each step has a new batch and asks for its loss itself."""
+    """An estimate, its number of directions, whether each step has a new batch, and whether it asks for its loss."""
 
     estimate: Callable[[BlackBox, int], Tensor]
     q: int = 8
     renews: bool = True
+    asks_here: bool = True
 
     @property
     def queries(self) -> int:
         """Of a step."""
-        return self.q + self.renews
+        return self.q + self.asks_here
 
 
 WAYS = {
     "signs": Way(signs),
+    "centred": Way(centred),
+    "one-tensor": Way(one_tensor),
+    "history": Way(history),
+    "softmax": Way(softmax, 16, asks_here=False),
     "normal": Way(normal),
     "orthogonal": Way(orthogonal),
     "projection": Way(projection),
@@ -194,8 +237,8 @@ WAYS = {
     "guided-0.1": Way(partial(guided, share=0.1)),
     "guided-0.5": Way(partial(guided, share=0.5)),
     "momentum-first": Way(momentum_first),
-    "residual": Way(partial(residual, kept=1), 1, renews=False),
-    "residual-kept-9": Way(partial(residual, kept=9), 1, renews=False),
+    "residual": Way(partial(residual, kept=1), 1, renews=False, asks_here=False),
+    "residual-kept-9": Way(partial(residual, kept=9), 1, renews=False, asks_here=False),
     "automatic-mu": Way(automatic_mu),
     "signs-128": Way(signs, 128),
     "normal-128": Way(normal, 128),

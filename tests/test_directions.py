@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from zo_lightning import counter
+from zo_lightning.centred import Centred
 from zo_lightning.directions import Coordinate, Directions, Gaussian, Rademacher, Sphere
 from zo_lightning.low_rank import LowRank
 from zo_lightning.vectors import Vector
@@ -27,8 +28,24 @@ def test_low_rank_has_its_rank() -> None:
     assert torch.linalg.matrix_rank(matrix.view(8, -1)).item() == 2
 
 
+@pytest.mark.parametrize("of", [Rademacher(), Gaussian(), Sphere(), LowRank(2)], ids=lambda u: type(u).__name__)
+def test_rows_of_centred_directions_sum_to_zero(of: Directions) -> None:
+    kernel = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    weights = [torch.zeros(30, 10), kernel, torch.zeros(4, 6, dtype=torch.complex64), torch.zeros(7)]
+    direction = Centred(of).draw(weights, 0, 0, 0)
+    drawn = direction.tensors()
+    for k, t in enumerate(drawn[:3]):
+        assert t.stride() == weights[k].stride()
+        # Sums of at most 60 float32 numbers of about 1.
+        assert t.flatten(1).sum(1).abs().max().item() < 1e-4
+    assert drawn[3].count_nonzero() == 7
+    assert all(torch.equal(direction[k], t) for k, t in enumerate(drawn))
+    if isinstance(of, Sphere):
+        assert sum(t.abs().square().sum().item() for t in drawn) == pytest.approx(direction.d, rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("u", [Gaussian(), Sphere(), Rademacher(), Coordinate(), LowRank()])
+@pytest.mark.parametrize("u", [Gaussian(), Sphere(), Rademacher(), Coordinate(), LowRank(), Centred()])
 def test_dtype_and_shape_follow_the_weights(u: Gaussian, dtype: torch.dtype) -> None:
     for p, t in zip(
         params := [torch.zeros(3, 2, dtype=dtype), torch.zeros((), dtype=dtype)],
@@ -39,7 +56,7 @@ def test_dtype_and_shape_follow_the_weights(u: Gaussian, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("u", [Gaussian(), Sphere(), Rademacher(), Coordinate(), LowRank()])
+@pytest.mark.parametrize("u", [Gaussian(), Sphere(), Rademacher(), Coordinate(), LowRank(), Centred()])
 def test_given_memory_takes_the_same_numbers(u: Gaussian, dtype: torch.dtype) -> None:
     params = [torch.zeros(3, 2, dtype=dtype), torch.zeros((), dtype=dtype)]
     out = Vector.like(params)

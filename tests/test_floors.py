@@ -14,6 +14,7 @@ FLOORS = {
     "counter_kernels": -3,
     "vectors": -1,
     "directions": 0,
+    "centred": 1,
     "low_rank": 1,
     "stencils": 0,
     "shaping": 0,

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from zo_lightning.ask_tell import AskTell
     from zo_lightning.black_box import BlackBox, BlackBoxLoss, EvaluationFailed
     from zo_lightning.callbacks.gradient_free import GradientFree
+    from zo_lightning.centred import Centred
     from zo_lightning.directions import Coordinate, Directions, Gaussian, Rademacher, Sphere
     from zo_lightning.distributed import Distributed, ProcessLost, WeightsDiverged
     from zo_lightning.estimators import (
         Backprop,
+        DirectFeedbackAlignment,
         ForwardGradient,
         GradientEstimator,
         PerExample,
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
         Regressor,
         TrainingDiverged,
     )
-    from zo_lightning.nets import ScalableCNN, SmallCNN
+    from zo_lightning.nets import MLP, ResNet20, ScalableCNN, SmallCNN, SmallVGG
     from zo_lightning.objective import NonFiniteLoss, Objective
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
     from zo_lightning.shaping import CentredRanks, Shaping, Standardised
@@ -43,11 +45,13 @@ _HOMES = {
     "ask_tell": ("AskTell",),
     "black_box": ("BlackBox", "BlackBoxLoss", "EvaluationFailed"),
     "callbacks.gradient_free": ("GradientFree",),
+    "centred": ("Centred",),
     "directions": ("Coordinate", "Directions", "Gaussian", "Rademacher", "Sphere"),
     "low_rank": ("LowRank",),
     "distributed": ("Distributed", "ProcessLost", "WeightsDiverged"),
     "estimators": (
         "Backprop",
+        "DirectFeedbackAlignment",
         "ForwardGradient",
         "GradientEstimator",
         "PerExample",
@@ -63,7 +67,7 @@ _HOMES = {
         "Regressor",
         "TrainingDiverged",
     ),
-    "nets": ("ScalableCNN", "SmallCNN"),
+    "nets": ("MLP", "ResNet20", "ScalableCNN", "SmallCNN", "SmallVGG"),
     "objective": ("NonFiniteLoss", "Objective"),
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
     "shaping": ("CentredRanks", "Shaping", "Standardised"),
@@ -82,9 +86,11 @@ __all__ = [
     "BlackBox",
     "BlackBoxLoss",
     "CentralDifference",
+    "Centred",
     "CentredRanks",
     "Classifier",
     "Coordinate",
+    "DirectFeedbackAlignment",
     "Directions",
     "Distributed",
     "EstimatedGradient",
@@ -96,6 +102,7 @@ __all__ = [
     "GradientEstimator",
     "GradientFree",
     "LowRank",
+    "MLP",
     "NonFiniteLoss",
     "NormalizedSGD",
     "Objective",
@@ -104,11 +111,13 @@ __all__ = [
     "ProcessLost",
     "Rademacher",
     "Regressor",
+    "ResNet20",
     "Result",
     "ScalableCNN",
     "Shaping",
     "SignSGD",
     "SmallCNN",
+    "SmallVGG",
     "Sphere",
     "Standardised",
     "Stencil",

@@ -47,6 +47,11 @@ class Directions(ABC):
     def _fill(self, place: Tensor, direction: "Direction", position: int) -> None:
         """Write the numbers of one tensor, up to the direction's scale, into a contiguous real one of its shape."""
 
+    def _fill_all(self, places: "Vector", direction: "Direction") -> None:
+        """Write what ``_fill`` writes into the tensors of all weights, and zeros where they stand still."""
+        for position, place in enumerate(places):
+            direction._raw(position, place)
+
     def _numbers(self, weight: Tensor) -> int:
         """How many random numbers the tensor of one weight is made of."""
         return number_of(weight)
@@ -109,13 +114,7 @@ class Direction:
             out: tensors like the weights to write into and to return, in place of new ones.
         """
         places = Vector.like(self.weights) if out is None else out
-        if places.flat is not None and isinstance(self.distribution, Independent):
-            self.distribution._draw(places.flat.unsqueeze(0), [self.stream], 0)
-            for position, row in self.still.items():
-                places[position][row] = 0
-        else:
-            for position, place in enumerate(places):
-                self._raw(position, place)
+        self.distribution._fill_all(places, self)
         return self._scaled(places)
 
     def _scaled(self, places: Vector) -> Vector:
@@ -198,6 +197,14 @@ class Independent(Directions):
 
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
         self._draw(place.view(1, -1), [direction.stream], direction.starts[position])
+
+    def _fill_all(self, places: Vector, direction: Direction) -> None:
+        if places.flat is None:
+            super()._fill_all(places, direction)
+            return
+        self._draw(places.flat.unsqueeze(0), [direction.stream], 0)
+        for position, row in direction.still.items():
+            places[position][row] = 0
 
 
 @dataclass(frozen=True)
