@@ -64,7 +64,7 @@ def comparable(results: Results) -> pd.DataFrame:
 def test_every_cell_is_an_ordinary_run(finished: Path) -> None:
     run = finished / ZO
     assert {"config.yaml", "metrics.csv", "finished.yaml", "log.txt"} <= {path.name for path in run.iterdir()}
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["task"]["init_args"]["scale"] == 1.0
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["net"]["init_args"]["scale"] == 1.0
     assert [shot.epoch for shot in read_snapshots(run)] == [0, 1, 2, 3]
     assert "val/acc" in EventAccumulator(str(run)).Reload().Tags()["scalars"]
     assert not list((finished / STUDY).rglob("error.txt"))
