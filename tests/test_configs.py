@@ -12,8 +12,7 @@ import yaml
 from torch import Tensor
 
 from zo_lightning.__main__ import main
-from zo_lightning.data import CIFAR10, FashionMNIST
-from zo_lightning.data.downloaded import DownloadedDataModule
+from zo_lightning.data import CIFAR10, CIFAR10Images, FashionMNIST, InMemoryDataModule
 
 CONFIGS = Path(__file__).resolve().parents[1] / "zo_lightning" / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -38,7 +37,7 @@ def documented_command(file: Path) -> list[str]:
 def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise in place of what a test must not download."""
 
-    def noise(self: DownloadedDataModule, train: bool) -> tuple[Tensor, Tensor]:
+    def noise(self: InMemoryDataModule, train: bool) -> tuple[Tensor, Tensor]:
         shape = (300, self.in_channels, self.image_size, self.image_size)
         return torch.randint(0, 256, shape, dtype=torch.uint8), torch.arange(300) % self.num_classes
 
@@ -46,6 +45,9 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(data_class, "load", noise)
         monkeypatch.setattr(data_class, "_missing", lambda self: [])
         monkeypatch.setattr(data_class, "check_files", lambda self: None)
+    monkeypatch.setattr(CIFAR10Images, "load", noise)
+    monkeypatch.setattr(CIFAR10Images, "_archive", lambda self: Path())
+    monkeypatch.setattr("zo_lightning.data.cifar10_images.decoded", lambda archive: {})
 
 
 @pytest.mark.usefixtures("small_data")
@@ -86,5 +88,5 @@ def test_betas_are_written_where_the_optimizer_is_chosen(file: Path) -> None:
     """Where a file beneath has some, an overlay that changes the class alone would inherit them unseen."""
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     for method in (config.get("methods") or {"": config}).values():
-        chosen = [one for one in optimizers({**method, "by_scale": None}) if "Adam" in one["class_path"]]
+        chosen = [one for one in optimizers({**method, "by_task": None}) if "Adam" in one["class_path"]]
         assert all("betas" in one["init_args"] for one in chosen)

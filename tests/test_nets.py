@@ -1,14 +1,15 @@
-"""The study's networks: sizes, initialisation, the function they compute, refused arguments."""
+"""The networks: sizes, initialisation, the function they compute, refused arguments."""
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import max_pool2d, relu
 
-from zo_lightning.nets import ScalableCNN, SmallCNN
+from zo_lightning.nets import MLP, ResidualBlock, ResNet20, ScalableCNN, SmallCNN, SmallVGG
 
 
 def size(net: nn.Module) -> int:
@@ -24,7 +25,7 @@ def test_scalable_cnn_has_the_published_sizes(scale: float, widths: tuple[int, i
     assert size(ScalableCNN(scale)) == d
 
 
-@pytest.mark.parametrize("net_class", [SmallCNN, ScalableCNN])
+@pytest.mark.parametrize("net_class", [SmallCNN, ScalableCNN, SmallVGG, ResNet20, MLP])
 def test_seed_decides_the_weights(net_class: type[nn.Module]) -> None:
     def weights(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -57,7 +58,7 @@ def test_forward_is_the_published_composition() -> None:
     assert torch.equal(scalable(images), scalable.fc3(hidden))
 
 
-@pytest.mark.parametrize("net_class", [SmallCNN, ScalableCNN])
+@pytest.mark.parametrize("net_class", [SmallCNN, ScalableCNN, MLP])
 def test_other_images_and_classes(net_class: type[nn.Module]) -> None:
     net = net_class(num_classes=7, in_channels=3, image_size=32)
     assert net(torch.rand(2, 3, 32, 32)).shape == (2, 7)
@@ -79,3 +80,59 @@ def test_absurdly_large_scale_is_refused() -> None:
 def test_impossible_sizes_are_named(net_class: type[nn.Module], argument: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{argument}={value} must be"):
         net_class(**{argument: value})
+
+
+@pytest.mark.parametrize(("width", "batch_norm", "d"), [(32, True, 307_946), (32, False, 307_498), (8, True, 23_426)])
+def test_small_vgg_has_its_size(width: int, batch_norm: bool, d: int) -> None:
+    net = SmallVGG(width, batch_norm)
+    assert size(net) == d
+    assert net(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_resnet20_has_the_published_size_and_depth() -> None:
+    net = ResNet20()
+    assert size(net) == 269_722  # "0.27M" in the paper's table 6
+    assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in net.modules()) == 20
+    maps = net.norm(net.conv(torch.rand(2, 3, 32, 32)))
+    shapes = [tuple((maps := block(maps)).shape[1:]) for block in net.blocks]
+    assert shapes == [(16, 32, 32)] * 3 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3
+
+
+def test_a_block_adds_to_a_shortcut_without_weights() -> None:
+    block = ResidualBlock(2, 4)
+    nn.init.zeros_(block.norm2.weight)
+    maps = torch.randn(3, 2, 6, 6)
+    found = block(maps)
+    assert torch.equal(found[:, :2], relu(maps[:, :, ::2, ::2]))
+    assert not found[:, 2:].any()
+
+
+@pytest.mark.parametrize("net_class", [SmallVGG, ResNet20])
+def test_activations_keep_their_size_through_deep_nets(net_class: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    logits = net_class()(torch.randn(64, 3, 32, 32))
+    assert 0.3 < logits.std().item() < 3
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_small_vgg_takes_other_images_and_classes(batch_norm: bool) -> None:
+    net = SmallVGG(4, batch_norm, num_classes=7, in_channels=1, image_size=28)
+    assert net(torch.rand(2, 1, 28, 28)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("width", 0), ("num_classes", 0), ("image_size", 7)])
+def test_sizes_that_give_no_vgg_are_named(argument: str, value: int) -> None:
+    arguments: dict[str, Any] = {argument: value}
+    with pytest.raises(ValueError, match=f"{argument}={value} must be at least"):
+        SmallVGG(**arguments)
+
+
+def test_mlp_is_linear_layers_with_relu_between_them() -> None:
+    torch.manual_seed(0)
+    net, images = MLP(), torch.rand(4, 1, 28, 28)
+    assert size(net) == 784 * 128 + 128 + 128 * 10 + 10
+    first, second = (layer for layer in net.modules() if isinstance(layer, nn.Linear))
+    assert torch.equal(net(images), second(relu(first(images.flatten(1)))))
+    assert size(MLP(hidden=(), num_classes=3, in_channels=2, image_size=4)) == 32 * 3 + 3
+    with pytest.raises(ValueError, match=r"sizes must be at least 1, got 1x28x28, \(0, 10\)"):
+        MLP(hidden=(0,))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from zo_lightning.distributed import Distributed, ProcessLost, WeightsDiverged
     from zo_lightning.estimators import (
         Backprop,
+        DirectFeedbackAlignment,
         ForwardGradient,
         GradientEstimator,
         PerExample,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
         Regressor,
         TrainingDiverged,
     )
-    from zo_lightning.nets import ScalableCNN, SmallCNN
+    from zo_lightning.nets import MLP, ResNet20, ScalableCNN, SmallCNN, SmallVGG
     from zo_lightning.objective import NonFiniteLoss, Objective
     from zo_lightning.optim import AdaMM, NormalizedSGD, SignSGD
     from zo_lightning.shaping import CentredRanks, Shaping, Standardised
@@ -50,6 +51,7 @@ _HOMES = {
     "distributed": ("Distributed", "ProcessLost", "WeightsDiverged"),
     "estimators": (
         "Backprop",
+        "DirectFeedbackAlignment",
         "ForwardGradient",
         "GradientEstimator",
         "PerExample",
@@ -65,7 +67,7 @@ _HOMES = {
         "Regressor",
         "TrainingDiverged",
     ),
-    "nets": ("ScalableCNN", "SmallCNN"),
+    "nets": ("MLP", "ResNet20", "ScalableCNN", "SmallCNN", "SmallVGG"),
     "objective": ("NonFiniteLoss", "Objective"),
     "optim": ("AdaMM", "NormalizedSGD", "SignSGD"),
     "shaping": ("CentredRanks", "Shaping", "Standardised"),
@@ -88,6 +90,7 @@ __all__ = [
     "CentredRanks",
     "Classifier",
     "Coordinate",
+    "DirectFeedbackAlignment",
     "Directions",
     "Distributed",
     "EstimatedGradient",
@@ -99,6 +102,7 @@ __all__ = [
     "GradientEstimator",
     "GradientFree",
     "LowRank",
+    "MLP",
     "NonFiniteLoss",
     "NormalizedSGD",
     "Objective",
@@ -107,11 +111,13 @@ __all__ = [
     "ProcessLost",
     "Rademacher",
     "Regressor",
+    "ResNet20",
     "Result",
     "ScalableCNN",
     "Shaping",
     "SignSGD",
     "SmallCNN",
+    "SmallVGG",
     "Sphere",
     "Standardised",
     "Stencil",

@@ -293,12 +293,21 @@ def exit_code_of(error: BaseException) -> int | None:
     return 1 if failed or (isinstance(error, RuntimeError) and tells_of_loss(error)) else None
 
 
+class FitAlone(CLI):
+    """``fit`` without the other subcommands, whose parsers take longer to make than a small net to train."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """One."""
+        return {"fit": CLI.subcommands()["fit"]}
+
+
 def fit(words: Sequence[str]) -> Trainer:
     """Run ``fit`` with these words and return its trainer; what goes wrong is raised."""
-    return CLI(["fit", *words]).trainer
+    return FitAlone(["fit", *words]).trainer
 
 
-class Prepared(CLI):
+class Prepared(FitAlone):
     """What ``fit`` would train with these words, made and checked, and not trained."""
 
     def __init__(self, words: Sequence[str]) -> None:

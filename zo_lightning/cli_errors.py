@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from pytorch_lightning import Callback, LightningModule
 
 from zo_lightning import nets
-from zo_lightning.data import CIFAR10, MNIST, Digits, FashionMNIST, InMemoryDataModule  # noqa: F401  (subclasses)
+from zo_lightning.data import CIFAR10, MNIST, CIFAR10Images, Digits, FashionMNIST, InMemoryDataModule  # noqa: F401  (subclasses)
 from zo_lightning.directions import Directions
 from zo_lightning.estimators import GradientEstimator
 from zo_lightning.evaluation import Evaluation
@@ -161,7 +161,8 @@ def _beginnings(key: str) -> list[str]:
 
 
 def _class_names(kind: str) -> list[str]:
-    classes = [nets.ScalableCNN, nets.SmallCNN] if kind == "net" else _subclasses(BASES[kind]) if kind in BASES else []
+    ready_made = [nets.ResNet20, nets.ScalableCNN, nets.SmallCNN, nets.SmallVGG]
+    classes = ready_made if kind == "net" else _subclasses(BASES[kind]) if kind in BASES else []
     if kind in ("model", "data"):
         classes = [cls for cls in classes if cls.__module__.startswith("zo_lightning.")]
     return sorted({cls.__name__ for cls in classes})

@@ -30,13 +30,13 @@ _OF_A_RUN = "-c lightning_logs/version_0/config.yaml --ckpt_path last"
 Rows = Sequence[tuple[str, str]]
 _MODEL: Rows = (
     ("-c, --config CONFIG", "a file, or a name of `zo-lightning configs`; later ones and options override"),
-    ("--model.net CLASS", "SmallCNN, ScalableCNN, or any torch.nn.Module: my_package.MyNet"),
-    ("--data CLASS", "Digits, MNIST, FashionMNIST, CIFAR10, or any LightningDataModule"),
+    ("--model.net CLASS", "SmallCNN, ScalableCNN, SmallVGG, ResNet20, or any nn.Module: my_package.MyNet"),
+    ("--data CLASS", "Digits, MNIST, FashionMNIST, CIFAR10, CIFAR10Images, or any DataModule"),
     ("--data.root FOLDER", "where the data lie, or are downloaded to (not for Digits)"),
     ("--data.batch_size N", "examples of a step"),
 )
 _TRAINING: Rows = (
-    ("--model.estimator CLASS", "Backprop, ZerothOrder, PerExample or ForwardGradient"),
+    ("--model.estimator CLASS", "Backprop, ZerothOrder, PerExample, ForwardGradient, DirectFeedbackAlignment"),
     ("--model.estimator.samples N", "directions of a step"),
     ("--model.estimator.directions CLASS", "Sphere, Gaussian, Rademacher, Centred, Coordinate or LowRank"),
     ("--model.estimator.stencil.mu X", "how far a point is moved along a direction"),

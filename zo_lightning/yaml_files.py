@@ -48,8 +48,7 @@ def check_classes(value: Any, path: Path, place: str = "") -> None:
     """
     where = f"{path}: {place}." if place else f"{path}: "
     if isinstance(value, dict):
-        scales = place.rpartition(".")[2] == "by_scale"  # of a study, whose keys are numbers
-        if not scales and (odd := [key for key in value if not isinstance(key, str)]):
+        if odd := [key for key in value if not isinstance(key, str)]:
             raise UserError(f"{where.rstrip('.: ')}: names of options are text, got {odd[0]!r}")
         if _OF_CLASSES & value.keys():
             if not isinstance(name := value.get("class_path", ""), str):

@@ -46,7 +46,7 @@ def fake_fit(words: Sequence[str]) -> Any:
 
 def study(*seeds: int, options: tuple[str, ...] = (), **methods: str) -> Study:
     made = {name: Method(({"model": {"do": what}},), {}) for name, what in methods.items()}
-    return Study("fake", (), made, {"SmallCNN": None}, seeds, next(iter(made)), options=options)
+    return Study("fake", (), made, {"SmallCNN": ({},)}, seeds, next(iter(made)), options=options)
 
 
 def run(declared: Study, folder: Path, **settings: Any) -> dict[str, str | None]:

@@ -14,7 +14,7 @@ def test_barrier_is_the_height_above_the_line_between_the_ends(results: Results)
     """Loss 1 − t + 8 t (1 − t) has ends of 1 and 0 and a barrier of 2 at its middle; what is outside [0, 1] is none."""
     position = np.linspace(-0.25, 1.25, 7)
     loss = 1 - position + 8 * position * (1 - position)
-    ends = [{"method": "ZO-AdaMM", "net": net, "d": d, "seed": 1} for net, d in results.nets.items()]
+    ends = [{"method": "ZO-AdaMM", "task": net, "d": d, "seed": 1} for net, d in results.tasks.items()]
     line = pd.concat([pd.DataFrame({**end, "position": position, "loss": loss}) for end in ends])
     around = pd.DataFrame([{**end, "loss": 1.0, "increase": 0.25} for end in ends], columns=list(SHARPNESS))
     said = answers.minima(results, line, around)

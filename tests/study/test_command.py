@@ -10,7 +10,7 @@ from zo_lightning.study.command import _Progress
 from zo_lightning.study.grid import Cell
 from zo_lightning.study.runs import Outcome
 
-CELLS = [Cell("ZO-AdaMM", "ScalableCNN 1", 1.0, seed, ()) for seed in (1, 2)]
+CELLS = [Cell("ZO-AdaMM", "ScalableCNN 1", seed, ()) for seed in (1, 2)]
 
 
 class Terminal(io.StringIO):

@@ -35,11 +35,12 @@ class TestClaim:
             claim(other, folder)
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
-    def test_exception_of_a_scale_is_named_by_its_first_key(self, folder: Path) -> None:
+    def test_exception_of_a_task_is_named_by_its_first_key(self, folder: Path) -> None:
         method = Method(({"model": {"do": "work"}},), {})
-        plain = Study("fake", (), {"A": method}, {"ScalableCNN": (2.0,)}, (1,), "A")
+        plain = Study("fake", (), {"A": method}, {"ScalableCNN 2": ({},)}, (1,), "A")
         claim(plain, folder)
-        special = replace(method, by_scale={2.0: {"model": {"optimizer": {"class_path": "torch.optim.Adam"}}}})
+        exception = {"model": {"optimizer": {"class_path": "torch.optim.Adam"}}}
+        special = replace(method, by_task={"ScalableCNN 2": exception})
         message = "seed 1: model is absent there and {'optimizer': {'class_path': 'torch.optim.Adam'}} here; choose"
         with pytest.raises(UserError, match=re.escape(message)):
             claim(replace(plain, methods={"A": special}), folder)

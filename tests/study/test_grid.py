@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zo_lightning.study.grid import Study, first_difference, read_study, slug
+from zo_lightning.study.declared import read_study
+from zo_lightning.study.grid import Study, first_difference, slug
 from zo_lightning.user_errors import UserError
 
 DECLARED = """
@@ -16,7 +17,7 @@ methods:
   ZO:
     base: [zo.yaml]
     model: {optimizer: {class_path: AdaMM, init_args: {lr: 1e-3}}}
-    by_scale: {0.5: {model: {optimizer: {class_path: AdaMM, init_args: {lr: 4e-3}}}}}
+    by_task: {ScalableCNN 0.5: {model: {optimizer: {class_path: AdaMM, init_args: {lr: 4e-3}}}}}
 nets: {ScalableCNN: [0.5, 2], SmallCNN: null}
 seeds: [1, 2]
 """
@@ -42,7 +43,7 @@ def test_cells_are_the_product_with_seeds_slowest(declared: Path) -> None:
 
 
 def test_overlays_go_from_the_general_to_the_special(declared: Path) -> None:
-    cells = {(cell.method, cell.net): cell for cell in read_study(declared).cells()}
+    cells = {(cell.method, cell.task): cell for cell in read_study(declared).cells()}
     base, common, net, file, own, special = cells["ZO", "ScalableCNN 0.5"].overlays
     assert base == {"data": {"class_path": "Digits"}}
     assert common == {"trainer": {"max_epochs": 3}}
@@ -67,7 +68,7 @@ def test_declaration_gives_itself_without_the_files(declared: Path) -> None:
 BAD = {
     "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: []": "'seeds' is empty",
     "methods: {}\nnets: {SmallCNN: null}\nseeds: [1]": "'methods' is empty",
-    "methods: {FO: {}}\nnets: {ScalableCNN: []}\nseeds: [1]": "'nets' is empty",
+    "methods: {FO: {}}\nnets: {ScalableCNN: []}\nseeds: [1]": "'nets.ScalableCNN' is empty",
     "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nmethds: 1": "unknown key 'methds' .did you mean methods",
     "methods: {FO: {modl: {}}}\nnets: {SmallCNN: null}\nseeds: [1]": "methods.FO: unknown key 'modl'.*mean model",
     "methods: {FO: 3}\nnets: {SmallCNN: null}\nseeds: [1]": "methods.FO: expected configuration, got 3",
@@ -77,7 +78,7 @@ BAD = {
     "methods: {FO: {}}\nnets: {ScalableCNN: [big]}\nseeds: [1]": "a scale must be a number, got 'big'",
     "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nreference: ZO": "'ZO' is none of the methods FO",
     "methods: {FO: {base: no.yaml}}\nnets: {SmallCNN: null}\nseeds: [1]": "'no.yaml' is neither a file nor",
-    "methods: {FO: {by_scale: {2: {}}}}\nnets: {SmallCNN: null}\nseeds: [1]": "2.0 is none of the scales",
+    "methods: {FO: {by_task: {Big: {}}}}\nnets: {SmallCNN: null}\nseeds: [1]": "'Big' is none of the tasks SmallCNN",
     "common: {seed_everything: 1}\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "seed_everything is the",
     "methods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]\nsnapshots: 0": "at least 1, or null, got 0",
     "name: a/b\nmethods: {FO: {}}\nnets: {SmallCNN: null}\nseeds: [1]": "name 'a/b' is to be a folder's name",

@@ -70,7 +70,7 @@ def test_run_without_metrics_has_failed(folder: Path) -> None:
 def test_callback_that_a_cell_has_is_not_added_again(tmp_path: Path) -> None:
     def added(*trainers: Any) -> list[str]:
         overlays = tuple({"trainer": trainer} for trainer in trainers)
-        own = own_overlay(tmp_path, Cell("A", "SmallCNN", None, 1, overlays), 1)
+        own = own_overlay(tmp_path, Cell("A", "SmallCNN", 1, overlays), study(1, A="work"))
         return [callback["class_path"] for callback in own["trainer"]["callbacks+"]]
 
     ours: dict[str, Any] = {"callbacks": [{"class_path": "zo_lightning.callbacks.WeightSnapshots"}, "Budget"]}

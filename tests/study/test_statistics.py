@@ -30,7 +30,7 @@ def table() -> pd.DataFrame:
         for d in (100, 1000, 10_000):
             for epoch in (1, 2):
                 fo, zo = 0.1 * d**-0.1, 0.2 * d**0.4
-                common = {"net": f"net {d}", "d": d, "seed": seed, "epoch": epoch}
+                common = {"task": f"net {d}", "d": d, "seed": seed, "epoch": epoch}
                 rows.append({"method": "FO", **common, "train_loss": fo, "val_loss": fo, "val_accuracy": 0.9})
                 if (seed, d) != (2, 100):
                     rows.append({"method": "ZO", **common, "train_loss": zo, "val_loss": zo, "val_accuracy": 0.45})

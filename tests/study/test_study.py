@@ -64,7 +64,7 @@ def comparable(results: Results) -> pd.DataFrame:
 def test_every_cell_is_an_ordinary_run(finished: Path) -> None:
     run = finished / ZO
     assert {"config.yaml", "metrics.csv", "finished.yaml", "log.txt"} <= {path.name for path in run.iterdir()}
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["net"]["init_args"]["scale"] == 1.0
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["task"]["init_args"]["scale"] == 1.0
     assert [shot.epoch for shot in read_snapshots(run)] == [0, 1, 2, 3]
     assert "val/acc" in EventAccumulator(str(run)).Reload().Tags()["scalars"]
     assert not list((finished / STUDY).rglob("error.txt"))
@@ -94,7 +94,7 @@ def test_methods_start_from_the_same_weights_and_seeds_do_not(finished: Path) ->
 
 def test_table_of_results(results: Results) -> None:
     assert len(results.table) == 2 * 2 * 2 * 3
-    assert results.nets == {"ScalableCNN 0.111111": 1400, "ScalableCNN 1": 10_602}
+    assert results.tasks == {"ScalableCNN 0.111111": 1400, "ScalableCNN 1": 10_602}
     assert results.missing == {}
     assert results.published is None  # the digits are not the published data
     assert results.table.notna().all(axis=None)
@@ -104,20 +104,20 @@ def test_table_of_results(results: Results) -> None:
     assert sorted(set(zo["forward_passes"])) == [4, 8, 12]
     # the two of an epoch cost as much in every one; a central difference is two forward passes, backpropagation more
     for table in (fo, zo):
-        by_epoch = table.pivot_table(index="net", columns="epoch", values="flops")
+        by_epoch = table.pivot_table(index="task", columns="epoch", values="flops")
         assert (by_epoch[3] / by_epoch[1]).to_numpy() == pytest.approx(3, rel=1e-6)  # logged as float32
     spent = fo.groupby("net")["flops"].max() / zo.groupby("net")["flops"].max()
     assert ((spent > 1) & (spent < 1.5)).all()
     last = fo[fo["epoch"] == 3]
-    total = fo.groupby(["net", "seed"])["epoch_seconds"].sum()
-    assert last.set_index(["net", "seed"])["seconds"].to_dict() == pytest.approx(total.to_dict())
+    total = fo.groupby(["task", "seed"])["epoch_seconds"].sum()
+    assert last.set_index(["task", "seed"])["seconds"].to_dict() == pytest.approx(total.to_dict())
 
 
 def test_metrics_are_read_to_the_last_bit(finished: Path, results: Results) -> None:
     run = finished / ZO
     logged = EventAccumulator(str(run)).Reload().Scalars("val/loss")  # float32
     rows = results.table
-    ours = rows[(rows["method"] == "ZO-AdaMM") & (rows["net"] == "ScalableCNN 1") & (rows["seed"] == 2)]
+    ours = rows[(rows["method"] == "ZO-AdaMM") & (rows["task"] == "ScalableCNN 1") & (rows["seed"] == 2)]
     assert ours["val_loss"].tolist() == [point.value for point in logged]
 
 
@@ -134,7 +134,7 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_numbers(elsewhe
         study.send_signal(signal.SIGKILL)
     assert subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False).returncode == 0
     whole = comparable(results)
-    same_net = whole[whole["net"] == "ScalableCNN 1"].reset_index(drop=True)
+    same_net = whole[whole["task"] == "ScalableCNN 1"].reset_index(drop=True)
     pd.testing.assert_frame_equal(comparable(read_results(STUDY)), same_net, check_exact=True)
 
 
@@ -171,7 +171,7 @@ def test_error_of_torch_in_a_trial_names_the_cell() -> None:
     def fit(words: Sequence[str]) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    declared = Study("x", (), {"FO": Method(({},), {})}, {"SmallCNN": None}, (1,), "FO")
+    declared = Study("x", (), {"FO": Method(({},), {})}, {"SmallCNN": ({},)}, (1,), "FO")
     with pytest.raises(UserError, match="^FO, SmallCNN, seed 1: DefaultCPUAllocator: can't allocate"):
         check(declared, fit)
 

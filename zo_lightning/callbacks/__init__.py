@@ -9,6 +9,7 @@ from zo_lightning.callbacks.filter_projection import FilterProjection
 from zo_lightning.callbacks.gradient_alignment import GradientAlignment
 from zo_lightning.callbacks.gradient_free import GradientFree
 from zo_lightning.callbacks.last_checkpoint import LastCheckpoint
+from zo_lightning.callbacks.pass_budget import PassBudget
 from zo_lightning.callbacks.reporting import log_image
 from zo_lightning.callbacks.trajectory_log import TrajectoryLog
 from zo_lightning.callbacks.weight_similarity import WeightSimilarity
@@ -24,6 +25,7 @@ __all__ = [
     "GradientAlignment",
     "GradientFree",
     "LastCheckpoint",
+    "PassBudget",
     "TrajectoryLog",
     "WeightSimilarity",
     "WeightSnapshots",

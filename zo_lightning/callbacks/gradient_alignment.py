@@ -117,7 +117,9 @@ def _measured(
         expected = estimator.expected_cosine(d, share, len(objective.seen[-1]), _spread(objective, module))
     else:
         expected = estimator.expected_cosine(sum(g.numel() for g in gradient.values()))
-    values = {f"expected_cosine/{WHOLE}": expected, **_aligned(estimate, gradient, estimator)}
+    values = _aligned(estimate, gradient, estimator)
+    if not math.isnan(expected):
+        values[f"expected_cosine/{WHOLE}"] = expected
     if estimator.mu is not None:
         values |= _finite_difference(module, driver, objective, norm(gradient)[WHOLE])
     return values

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from zo_lightning.data.augmentation import crop_and_flip
 from zo_lightning.data.downloaded import DownloadedDataModule
 
 
@@ -13,17 +14,31 @@ class CIFAR10(DownloadedDataModule):
 
     Args:
         batch_size: Images per batch (over all processes); the last batch of an epoch may be smaller.
-        val_size: Images taken from the training set for validation; 0 trains on all and validates on the test set.
+        val_size: Images taken from the training set for validation, or the share of them where it is below 1; 0 trains
+            on all and validates on the test set.
         seed: Decides the validation split and, together with the epoch, the order of the training images; None takes
             the one given to ``torch.manual_seed`` or ``seed_everything``.
         root: Folder that holds ``cifar-10-batches-py``, laid out as torchvision does.
         download: Download the data where they are absent.
+        augment: Move and mirror the training images at random (`crop_and_flip`).
     """
 
     num_classes = 10
     in_channels = 3
     image_size = 32
     title = "CIFAR10"
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        val_size: int = 5000,
+        seed: int | None = None,
+        root: str = "data",
+        download: bool = True,
+        augment: bool = False,
+    ) -> None:
+        super().__init__(batch_size, val_size, seed, root, download)
+        self.augmentation = crop_and_flip if augment else None
 
     def files(self) -> list[str]:
         """Return the pickled batches, relative to the root."""

@@ -14,7 +14,8 @@ class Digits(InMemoryDataModule):
 
     Args:
         batch_size: Images per batch (over all processes); the last batch of an epoch may be smaller.
-        val_size: Images taken from the 1,433 training images for validation; 0 validates on the test set.
+        val_size: Images taken from the 1,433 training images for validation, or a share of them below 1; 0
+            validates on the test set.
         seed: Decides the validation split and, together with the epoch, the order of the training images; None takes
             the one given to ``torch.manual_seed`` or ``seed_everything``.
     """
@@ -23,7 +24,7 @@ class Digits(InMemoryDataModule):
     in_channels = 1
     image_size = 28
 
-    def __init__(self, batch_size: int = 128, val_size: int = 200, seed: int | None = None) -> None:
+    def __init__(self, batch_size: int = 128, val_size: int | float = 200, seed: int | None = None) -> None:
         super().__init__(batch_size, val_size, seed)
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,8 @@ class DownloadedDataModule(InMemoryDataModule):
 
     Args:
         batch_size: Images per batch (over all processes); the last batch of an epoch may be smaller.
-        val_size: Images taken from the training set for validation; 0 trains on all and validates on the test set.
+        val_size: Images taken from the training set for validation, or the share of them where it is below 1; 0 trains
+            on all and validates on the test set.
         seed: Decides the validation split and, together with the epoch, the order of the training images; None takes
             the one given to ``torch.manual_seed`` or ``seed_everything``.
         root: Folder of the data, laid out as torchvision does.
@@ -34,7 +35,7 @@ class DownloadedDataModule(InMemoryDataModule):
     def __init__(
         self,
         batch_size: int = 128,
-        val_size: int = 5000,
+        val_size: int | float = 5000,
         seed: int | None = None,
         root: str = "data",
         download: bool = True,

@@ -7,19 +7,21 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
-from zo_lightning.data.batches import ShuffledBatches, TensorBatches, random_stream
+from zo_lightning.data.batches import Augmentation, ShuffledBatches, TensorBatches, random_stream
 
 
 class InMemoryDataModule(LightningDataModule, ABC):
     """Images for classification, held in memory. A subclass states three constants and how to `load`.
 
     Batches are ``(images, labels)``: float32 ``(n, in_channels, image_size, image_size)`` in [0, 1], int64 ``(n,)``.
-    ``val_size`` images of the training set, chosen by the seed, are for validation; the test set is for testing and
-    prediction. Raises ``ValueError`` for arguments out of range, and in `setup` for data that are not as stated.
+    ``val_size`` images of the training set, or that share of them, chosen by the seed, are for validation; the test set
+    is for testing and prediction. Raises ``ValueError`` for arguments out of range, and in `setup` for data that are
+    not as stated.
 
     Args:
         batch_size: Images per batch (over all processes); the last batch of an epoch may be smaller.
-        val_size: Images taken from the training set for validation; 0 trains on all and validates on the test set.
+        val_size: Images taken from the training set for validation, or the share of them where it is below 1; 0 trains
+            on all and validates on the test set.
         seed: Decides the validation split and, together with the epoch, the order of the training images; None takes
             the one given to ``torch.manual_seed`` or ``seed_everything``.
     """
@@ -28,10 +30,13 @@ class InMemoryDataModule(LightningDataModule, ABC):
     in_channels: ClassVar[int]
     image_size: ClassVar[int]
     """Height and width of an image, in pixels."""
+    augmentation: Augmentation | None = None
+    """Of training images; a subclass that has one sets it."""
 
-    def __init__(self, batch_size: int = 128, val_size: int = 0, seed: int | None = None) -> None:
+    def __init__(self, batch_size: int = 128, val_size: int | float = 0, seed: int | None = None) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("val_size", val_size, 0), ("seed", seed or 0, 0)):
+        whole = 0 if isinstance(val_size, float) and 0 < val_size < 1 else val_size
+        for name, value, least in (("batch_size", batch_size, 1), ("val_size", whole, 0), ("seed", seed or 0, 0)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
         self.batch_size = batch_size
@@ -53,16 +58,17 @@ class InMemoryDataModule(LightningDataModule, ABC):
             return
         images, labels = self._load_checked(train=True)
         test = self._load_checked(train=False)
-        if self.val_size >= len(images):
+        val_size = self._held_out(len(images))
+        if val_size >= len(images):
             raise ValueError(
-                f"val_size={self.val_size} must be below the number of training images, {len(images)}: "
+                f"val_size={val_size} must be below the number of training images, {len(images)}: "
                 "none would be left to train on"
             )
-        if self.val_size == 0:
+        if val_size == 0:
             self._subsets = {"train": (images, labels), "val": test, "test": test}
             return
         shuffled = torch.randperm(len(images), generator=random_stream("split", self.seed))
-        val, train = shuffled[: self.val_size], shuffled[self.val_size :]
+        val, train = shuffled[:val_size], shuffled[val_size:]
         self._subsets = {"train": (images[train], labels[train]), "val": (images[val], labels[val]), "test": test}
 
     def train_dataloader(self) -> TensorBatches:
@@ -78,6 +84,7 @@ class InMemoryDataModule(LightningDataModule, ABC):
             rank=rank,
             world_size=world_size,
             progress=self._training_progress,
+            augmentation=self.augmentation,
         )
 
     def val_dataloader(self) -> TensorBatches:
@@ -91,6 +98,10 @@ class InMemoryDataModule(LightningDataModule, ABC):
     def predict_dataloader(self) -> TensorBatches:
         """Return the test batches, in a fixed order."""
         return self._sequential("test")
+
+    def _held_out(self, images: int) -> int:
+        """How many images of so many are for validation."""
+        return self.val_size if isinstance(self.val_size, int) else max(1, round(self.val_size * images))
 
     def _training_progress(self) -> tuple[int, int] | None:
         """Return the trainer's epoch and the index of the batch that it asks for next, or None while it does not train.

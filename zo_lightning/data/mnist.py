@@ -13,7 +13,8 @@ class MNIST(DownloadedDataModule):
 
     Args:
         batch_size: Images per batch (over all processes); the last batch of an epoch may be smaller.
-        val_size: Images taken from the training set for validation; 0 trains on all and validates on the test set.
+        val_size: Images taken from the training set for validation, or the share of them where it is below 1; 0 trains
+            on all and validates on the test set.
         seed: Decides the validation split and, together with the epoch, the order of the training images; None takes
             the one given to ``torch.manual_seed`` or ``seed_everything``.
         root: Folder that holds ``MNIST/raw``, laid out as torchvision does.

@@ -210,6 +210,13 @@ def trained(objective: Objective, module: nn.Module) -> Weights:
     return Weights.of(module)
 
 
+def like_weight(p: nn.Parameter, gradient: Tensor | None) -> Tensor:
+    """A gradient with the strides of its weight; None, where the loss does not depend on it, is 0."""
+    if gradient is None:
+        return torch.zeros_like(p)
+    return gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient)
+
+
 def resolve_seed(seed: int | None) -> int:
     """The given seed, or else the one given to ``torch.manual_seed`` or ``seed_everything``."""
     return torch.initial_seed() if seed is None else seed

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zo_lightning.perturbed.rules import tensors_in
+from zo_lightning.perturbed.weights import writes
+
 _NUMBERS = ("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "tril_indices", "triu_indices", "zeros")
 _LIKE = ("empty_like", "full_like", "ones_like", "zeros_like")
 _NEW = ("new_empty", "new_full", "new_ones", "new_zeros")
@@ -55,6 +58,25 @@ class Constants:
             if id(tensor) not in ids:
                 return func in FROM_NUMBERS
         return (bool(given) or func in FROM_NUMBERS) and not _is_random(func)
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one."""
+        return id(tensor) in self.ids
+
+    def note(self, func: Callable[..., Any], args: Sequence[Any], output: Any, constant: bool) -> None:
+        """Take in what a call gave, if no example enters it; or let go of what it wrote into.
+
+        Args:
+            func: the function.
+            args: of the call.
+            output: of the call.
+            constant: from ``hold``, before the call.
+        """
+        if constant:
+            for tensor in tensors_in((output,)):
+                self.add(tensor)
+        elif args and id(args[0]) in self.ids and writes(func):
+            self.drop(args[0])
 
     def add(self, tensor: Tensor) -> None:
         """Take in a tensor."""

@@ -133,7 +133,7 @@ class DisplacedOutputs(DisplacedWeights):
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether no example has entered a tensor of this pass."""
-        return id(tensor) in self._constants.ids
+        return self._constants.has(tensor)
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function of PyTorch, displaced if it uses weights."""
@@ -178,11 +178,7 @@ class DisplacedOutputs(DisplacedWeights):
                 name = getattr(func, "__name__", str(func))
                 used = f"{name} writes it into a tensor" if writes(func) else f"{name} gives more than one tensor"
                 self.opaque |= {self.names[id(w)]: used for w in weights_in((args, kwargs), self._made)}
-        if constant:
-            for tensor in tensors_in((output,)):
-                self._constants.add(tensor)
-        elif args and id(args[0]) in self._constants.ids and writes(func):
-            self._constants.drop(args[0])
+        self._constants.note(func, args, output, constant)
         if self.displacement is None:
             self._track(func, args, kwargs, given, use, output)
         return output

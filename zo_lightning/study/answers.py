@@ -10,20 +10,20 @@ from zo_lightning.study.statistics import common_epoch, exponent, final, mean_in
 
 
 def final_table(results: Results) -> pd.DataFrame:
-    """What each method has reached after its last epoch, by net: a row to read."""
+    """What each method has reached after its last epoch, by task: a row to read."""
     last = final(results.table)
-    reference = last[last["method"] == results.study.reference].set_index(["net", "seed"])["val_accuracy"]
+    reference = last[last["method"] == results.study.reference].set_index(["task", "seed"])["val_accuracy"]
     rows = []
-    for net, d in results.nets.items():
+    for task, d in results.tasks.items():
         for method in results.methods:
-            own = last[(last["net"] == net) & (last["method"] == method)]
+            own = last[(last["task"] == task) & (last["method"] == method)]
             if own.empty:
                 continue
-            accuracy = own.set_index(["net", "seed"])["val_accuracy"]
+            accuracy = own.set_index(["task", "seed"])["val_accuracy"]
             is_reference = method == results.study.reference
             difference = (accuracy - reference.reindex(accuracy.index)).dropna()[: 0 if is_reference else None]
             row = {
-                "net": net,
+                "task": task,
                 "method": method,
                 "d": f"{d:,}",
                 "seeds": len(own),
@@ -97,8 +97,8 @@ def time(results: Results) -> str:
 def weights(results: Results, similar: pd.DataFrame) -> str:
     """The cosine between the last weights of each method and the reference's."""
     if similar.empty:
-        return "No two runs of the same net and seed have weight snapshots."
-    last = similar[similar["epoch"] == similar.groupby(["method", "net", "seed"])["epoch"].transform("max")]
+        return "No two runs of the same task and seed have weight snapshots."
+    last = similar[similar["epoch"] == similar.groupby(["method", "task", "seed"])["epoch"].transform("max")]
     said = []
     for method, own in last[last["layer"] == WHOLE].groupby("method", sort=False):
         means = own.groupby("d")["cosine"].mean()
@@ -135,13 +135,13 @@ def _barrier(points: pd.DataFrame) -> float:
 
 def _span(results: Results, by_size: pd.Series, form: str) -> str:
     """The values at the smallest and the largest size of the study, "–" where there is none."""
-    d = list(results.nets.values())
+    d = list(results.tasks.values())
     ends = [f"{by_size[size]:{form}}" if size in by_size.index else "–" for size in (d[0], d[-1])]
     return ends[0] if len(d) == 1 else " → ".join(ends)
 
 
 def _sizes(results: Results) -> str:
-    d = list(results.nets.values())
+    d = list(results.tasks.values())
     return f"at d = {d[0]:,}" if len(d) == 1 else f"from d = {d[0]:,} to {d[-1]:,}"
 
 

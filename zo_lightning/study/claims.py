@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from zo_lightning.measures import WHOLE
 from zo_lightning.study.results import Results
 from zo_lightning.study.statistics import Interval, common_epoch, exponent, final, mean_interval, ratios
 
@@ -30,9 +31,20 @@ class Claim:
     anchor: str
 
 
-def claims_of(results: Results) -> list[Claim]:
-    """The claims about each method that is compared with the reference."""
-    return [claim for method in results.others for claim in _about(results, method)]
+def claims_of(results: Results, similar: pd.DataFrame, around: pd.DataFrame) -> list[Claim]:
+    """The claims about each method that is compared with the reference.
+
+    Args:
+        results: of the study.
+        similar: the table of ``weights.similarity``.
+        around: the second table of ``minima.measure_minima``.
+    """
+    methods = [method for method in results.others if method != results.study.control]
+    return [
+        claim
+        for method in methods
+        for claim in (*_about(results, method), *_about_minima(results, method, similar, around))
+    ]
 
 
 def _about(results: Results, method: str) -> list[Claim]:
@@ -55,6 +67,47 @@ def _about(results: Results, method: str) -> list[Claim]:
         times = {d: Interval(*(float(np.exp(-x)) for x in (i.value, i.high, i.low))) for d, i in longer.items()}
         sentence = f"An epoch of {method} takes longer than one of {ref}."
         found.append(Claim(sentence, _sign(longer), f"{ref}'s seconds times {_spoken(times, '.2f')}", "time"))
+    return found
+
+
+def _about_minima(results: Results, method: str, similar: pd.DataFrame, around: pd.DataFrame) -> list[Claim]:
+    ref, control = results.study.reference, results.study.control
+    found = []
+    apart = _compared(results, _cosines(similar), method, control) if control is not None else {}
+    if apart:
+        sentence = f"{method} ends in another minimum than {ref}, further away than {ref} with other batches does."
+        said = f"cosine of the matched filters with {ref}'s − {control}'s with them: {_spoken(apart, '+.3f')}"
+        found.append(Claim(sentence, _sign(apart), said, "weights"))
+    equal = _by_size(results, method, at_equal_loss)
+    if equal:
+        sentence = f"At equal training loss {method} is less accurate than {ref}."
+        found.append(Claim(sentence, _sign(equal), f"accuracy − {ref}'s: {_spoken(equal, '+.3f')}", "curves"))
+    rises = around.set_index(["method", "d", "seed"])["increase"]
+    rounder = _compared(results, -rises, method, ref, np.inf)
+    if rounder:
+        larger = {d: Interval(-i.value, -i.high, -i.low) for d, i in rounder.items()}
+        sentence = f"The minima of {method} are sharper than {ref}'s."
+        said = f"rise of the loss under noise − {ref}'s: {_spoken(larger, '+.3f')}"
+        found.append(Claim(sentence, _sign(rounder), said, "minima"))
+    return found
+
+
+def _cosines(similar: pd.DataFrame) -> pd.Series:
+    """The cosine with the reference's last weights: the mean over convolutions, matched; of all weights without any."""
+    last = similar[similar["epoch"] == similar.groupby(["method", "d", "seed"])["epoch"].transform("max")]
+    keys = ["method", "d", "seed"]
+    matched = last.groupby(keys)["matched"].mean()
+    return matched.fillna(last[last["layer"] == WHOLE].set_index(keys)["cosine"])
+
+
+def _compared(results: Results, values: pd.Series, method: str, other: str, most: float = 2.0) -> dict[int, Interval]:
+    """By how much a value of a method is above another one's of the same seed, as ``_by_size``."""
+    found, sizes = {}, list(results.tasks.values())
+    for d in dict.fromkeys([sizes[0], sizes[-1]]):
+        pairs = [(values.get((method, d, seed)), values.get((other, d, seed))) for seed in results.study.seeds]
+        differences = [own - its for own, its in pairs if own is not None and its is not None]
+        if differences and np.isfinite(differences).all():
+            found[d] = mean_interval(differences, bounds=(-most, most))
     return found
 
 
@@ -85,9 +138,9 @@ def _by_size(results: Results, method: str, compare: Compare, most: float = 1.0)
     """A comparison with the reference's run of the same seed, within ±``most``: its mean, at the ends of the sizes."""
     found = {}
     table, ref = results.table, results.study.reference
-    sizes = list(results.nets.items())
-    for net, d in dict([sizes[0], sizes[-1]]).items():
-        runs = dict(list(table[table["net"] == net].groupby(["method", "seed"])))
+    sizes = list(results.tasks.items())
+    for task, d in dict([sizes[0], sizes[-1]]).items():
+        runs = dict(list(table[table["task"] == task].groupby(["method", "seed"])))
         seeds = [seed for name, seed in runs if name == method and (ref, seed) in runs]
         values = [compare(runs[method, seed], runs[ref, seed]) for seed in seeds]
         if values and np.isfinite(values).all():
@@ -107,6 +160,20 @@ def _at_equal_cost(own: pd.DataFrame, other: pd.DataFrame) -> float:
     """The difference in accuracy where the cheaper of two runs ends; between epochs the curves are straight."""
     spent = min(own["flops"].max(), other["flops"].max())
     reached = [np.interp(spent, run["flops"], run["val_accuracy"]) for run in (own, other)]
+    return float(reached[0] - reached[1])
+
+
+def at_equal_loss(own: pd.DataFrame, other: pd.DataFrame) -> float:
+    """The difference in accuracy where both have the lowest training loss that the worse of them reaches.
+
+    NaN where one of them is below that after its first epoch.
+    """
+    losses = [np.minimum.accumulate(run["train_loss"].to_numpy()) for run in (own, other)]
+    level = max(loss[-1] for loss in losses)
+    if level > min(loss[0] for loss in losses):
+        return np.nan
+    pairs = zip(losses, (own, other), strict=True)
+    reached = [np.interp(-level, -loss, run["val_accuracy"]) for loss, run in pairs]
     return float(reached[0] - reached[1])
 
 

@@ -9,8 +9,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from zo_lightning.presets import find
+from zo_lightning.study.declared import read_study
 from zo_lightning.study.folder import claim, is_finished, seconds_of
-from zo_lightning.study.grid import Cell, Study, read_study
+from zo_lightning.study.grid import Cell, Study
 from zo_lightning.user_errors import CommandParser, UserError
 from zo_lightning.words import OTHERS
 
@@ -38,7 +39,7 @@ def study(words: list[str], fit: "Fit") -> int:
         _print_plan(declared, folder, sizes, estimate(declared, sizes, fit), jobs)
         return 0
     claim(declared, folder)
-    cells = declared.cells()
+    cells = [*declared.trial_cells(), *declared.cells()]
     progress = _Progress(cells, folder, jobs)
     try:
         with progress:
@@ -66,13 +67,17 @@ def report(words: list[str], fit: "Fit") -> int:
         UserError: there is nothing to report on.
     """
     parser = CommandParser(prog="zo-lightning report", description=OTHERS["report"].capitalize() + ".")
-    parser.add_argument("folder", type=Path, help="a study's folder, such as lightning_logs/smoke")
-    parser.add_argument("--output", type=Path, help="where the report is written; default: <folder>/report")
+    parser.add_argument(
+        "folder", type=Path, help="a study's folder, such as lightning_logs/smoke, or results.csv of runs with budgets"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="where the report is written; default: <folder>/report, of a file <file's folder>"
+    )
     parser.add_argument("--trust", action="store_true", help="import the classes that the runs' configurations name")
     options = parser.parse_args(words)
     from zo_lightning.study.report import write_report
 
-    output = options.output or options.folder / "report"
+    output = options.output or (options.folder.parent if options.folder.is_file() else options.folder / "report")
     page = write_report(options.folder, output, fit, _say, options.trust)
     print(f"The report is {page}")
     return 0
@@ -116,11 +121,11 @@ def _fit_options(words: list[str]) -> tuple[str, ...]:
 
 
 def _print_plan(study: Study, folder: Path, sizes: dict[str, int], seconds: dict[Cell, float], jobs: int) -> None:
-    cells = study.cells()
+    cells = [*study.trial_cells(), *study.cells()]
     done = [cell for cell in cells if is_finished(folder, cell)]
     for cell in cells:
         state = "finished" if cell in done else f"about {duration(seconds[cell])}"
-        print(f"{folder / cell.folder}  d = {sizes[cell.net]:,}  {state}")
+        print(f"{folder / cell.folder}  d = {sizes[cell.task]:,}  {state}")
     left = sum(seconds[cell] for cell in cells if cell not in done)
     print(f"{len(cells)} cells, {len(done)} of them finished; the others take about {duration(left / jobs)}", end=" ")
     print(f"with {jobs} at a time (estimated from a few steps of each method).")
@@ -132,12 +137,12 @@ class _Progress:
     def __init__(self, cells: list[Cell], folder: Path, jobs: int) -> None:
         self.left: dict[Path, Cell] = {}
         self.jobs = jobs
-        self.seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+        self.seconds: dict[tuple[str, str, int | None], list[float]] = defaultdict(list)
         for cell in cells:
             if (seconds := seconds_of(folder, cell)) is None:
                 self.left[cell.folder] = cell
             else:
-                self.seconds[cell.method, cell.net].append(seconds)
+                self.seconds[cell.method, cell.task, cell.budget].append(seconds)
         self.total = len(cells)
 
     def __enter__(self) -> "_Progress":
@@ -156,7 +161,7 @@ class _Progress:
         cell = outcome.cell
         self.left.pop(cell.folder, None)
         if outcome.error is None:
-            self.seconds[cell.method, cell.net].append(outcome.seconds)
+            self.seconds[cell.method, cell.task, cell.budget].append(outcome.seconds)
         else:
             self.bar.write(f"failed: {cell}: {outcome.error}", file=sys.stderr)
         left = f"about {duration(self._seconds_left())} left"
@@ -169,7 +174,7 @@ class _Progress:
     def _seconds_left(self) -> float:
         means = {key: fmean(values) for key, values in self.seconds.items()}
         overall = fmean(means.values()) if means else 0.0
-        return sum(means.get((cell.method, cell.net), overall) for cell in self.left.values()) / self.jobs
+        return sum(means.get((cell.method, cell.task, cell.budget), overall) for cell in self.left.values()) / self.jobs
 
 
 def _print_outcomes(outcomes: "list[Outcome]", folder: Path, total: int) -> int:

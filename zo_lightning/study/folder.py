@@ -5,11 +5,13 @@ import os
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from zo_lightning.locks import locked
-from zo_lightning.study.grid import Cell, Study, first_difference, read_yaml
+from zo_lightning.study.declared import read_yaml
+from zo_lightning.study.grid import Cell, Study, first_difference
 from zo_lightning.user_errors import UserError
 
 DECLARATION = "study.yaml"
@@ -20,7 +22,7 @@ METRICS = "metrics.csv"
 def claim(study: Study, folder: Path) -> None:
     """Make a folder the study's own, or see that it is.
 
-    A study may have grown since: new methods, nets and seeds are cells that have not been run.
+    A study may have grown since: new methods, tasks, budgets and seeds are cells that have not been run.
 
     Raises:
         UserError: something else is there, a study that is running, or one in which a cell has another configuration;
@@ -65,7 +67,8 @@ def seconds_of(folder: Path, cell: Cell) -> float | None:
     run = folder / cell.folder
     try:
         about = yaml.safe_load((run / FINISHED).read_text(encoding="utf-8"))
-        whole = "parameters" in about and (run / METRICS).stat().st_size > 0
+        # A trial that diverged at its first steps has no metrics.
+        whole = "parameters" in about and (about.get("reached") == {} or (run / METRICS).stat().st_size > 0)
         return float(about["seconds"]) if whole else None
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return None
@@ -109,6 +112,8 @@ def _check_same(there: Study, here: Study, folder: Path) -> None:
             f"'{folder}' belongs to a study with the options '{' '.join(there.options)}', "
             f"not '{' '.join(here.options)}': {advice}"
         )
+    if where := first_difference(_choice(there), {**_choice(here), **_rates(there, here)}):
+        raise UserError(f"'{folder}' belongs to a study that chose its learning rates otherwise: {where}; {advice}")
     new = {cell.folder: cell for cell in here.cells()}
     for old in there.cells():
         cell = new.get(old.folder)
@@ -117,6 +122,17 @@ def _check_same(there: Study, here: Study, folder: Path) -> None:
         for there_and_here in zip_longest(old.overlays, cell.overlays, fillvalue={}):
             if where := first_difference(*there_and_here):
                 raise UserError(f"'{folder}' belongs to a study with another configuration of {old}: {where}; {advice}")
+
+
+def _choice(study: Study) -> dict[str, Any]:
+    """How learning rates are chosen, and among which."""
+    trials = None if study.trials is None else dict(vars(study.trials))
+    return {"trials": trials, "learning_rates": {name: list(m.learning_rates) for name, m in study.methods.items()}}
+
+
+def _rates(there: Study, here: Study) -> dict[str, Any]:
+    """Those of ``here``, of the methods that ``there`` has: a study may grow."""
+    return {"learning_rates": {n: list(m.learning_rates) for n, m in here.methods.items() if n in there.methods}}
 
 
 def _split(options: Sequence[str]) -> list[str]:

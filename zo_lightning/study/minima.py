@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zo_lightning.checkpoint_io import DamagedCheckpoint, load_checked
-from zo_lightning.study.grid import read_yaml
+from zo_lightning.study.declared import read_yaml
 from zo_lightning.study.results import Results
 from zo_lightning.study.runs import Fit, printing_to
 from zo_lightning.study.weights import Progress, pairs
@@ -23,8 +23,8 @@ from zo_lightning.user_errors import UserError
 EXAMPLES = 1024
 POSITIONS = np.linspace(-0.25, 1.25, 31)
 NOISE = 0.1
-LINE = ("method", "net", "d", "seed", "position", "loss", "accuracy")
-SHARPNESS = ("method", "net", "d", "seed", "loss", "increase")
+LINE = ("method", "task", "d", "seed", "position", "loss", "accuracy")
+SHARPNESS = ("method", "task", "d", "seed", "loss", "increase")
 _BATCH = 256
 
 Weights = dict[str, Tensor]
@@ -101,7 +101,7 @@ def measure_minima(
                 progress(f"minimum of {one}")
                 evaluate = _evaluation(results.folder / one.folder, build, trusted)
             weights[one] = saved
-            key = (one.method, one.net, results.nets[one.net], one.seed)
+            key = (one.method, one.task, results.tasks[one.task], one.seed)
             around.append((*key, *sharpness(saved, evaluate)))
             if one != cell and cell in weights:
                 lines += [(*key, *point) for point in line_between(weights[cell], saved, evaluate)]

@@ -1,15 +1,18 @@
-"""A report as text: the page and its summary."""
+"""The report on a study of training curves as text: the page and its summary."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
 
-from zo_lightning.study.claims import claims_of
+from zo_lightning.study.claims import Claim
+from zo_lightning.study.grid import Study
 from zo_lightning.study.results import Results
 from zo_lightning.study.sections import Section
 
 _TEMPLATE = Path(__file__).with_name("page.html")
+_FILES = "results.csv beside this page, and similarity.csv, line.csv, sharpness.csv"
 _TABLE_NOTE = (
     "Means over seeds with their 95 % confidence interval (Student's t) in brackets. The difference to the reference "
     "is paired by seed."
@@ -21,34 +24,61 @@ _CLAIMS_NOTE = (
 _PUBLISHED_NOTE = " Published: mean of 10 runs, after the same epoch."
 
 
-def html(results: Results, table: pd.DataFrame, sections: list[Section]) -> str:
+def html(results: Results, claims: list[Claim], table: pd.DataFrame, sections: list[Section]) -> str:
     """The page, whose figures are drawn: one file that needs no other."""
-    from jinja2 import Environment
-    from markupsafe import Markup
-
-    template = Environment(autoescape=True).from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    settings = {
-        name: yaml.safe_dump_all([*method.overlays, *({"at scale": s, **o} for s, o in method.by_scale.items())])
-        for name, method in results.study.methods.items()
-    }
-    return template.render(
+    return rendered(
         name=results.study.name,
         overview=_overview(results),
-        claims=claims_of(results),
+        claims=claims,
         claims_note=_CLAIMS_NOTE,
         diverged=_diverged(results) if results.diverged else "",
         missing=_missing(results),
         sections=sections,
-        table=Markup(table.to_html(index=False, border=0)),
+        table_title="After the last epoch",
+        table=table,
         table_note=_table_note(results),
-        settings=settings,
+        settings=settings_of(results.study),
+        files=_FILES,
     )
 
 
-def markdown(results: Results, table: pd.DataFrame, sections: list[Section]) -> str:
+def rendered(**parts: Any) -> str:
+    """The page of which these are the parts; tables are data frames."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True)
+    environment.filters["table"] = lambda frame: Markup(frame.to_html(index=False, border=0))
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(**parts)
+
+
+def settings_of(study: Study) -> dict[str, str]:
+    """The configuration of each method, as YAML."""
+    return {
+        name: yaml.safe_dump_all([*method.overlays, *({"at": task, **o} for task, o in method.by_task.items())])
+        for name, method in study.methods.items()
+    }
+
+
+def table_lines(table: pd.DataFrame) -> list[str]:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
+
+
+def section_lines(section: Section) -> list[str]:
+    """A section in Markdown, whose figures lie beside it as PNG."""
+    lines = [f"## {section.title}", "", section.answer, ""]
+    if section.table is not None:
+        lines += [*table_lines(section.table), ""]
+    lines += [f"![{one.caption}]({one.name}.png)" for one in section.figures if one.panels] + [""]
+    return lines + [f"Not drawn ({one.name}): {one.reason}." for one in section.figures if one.reason]
+
+
+def markdown(results: Results, claims: list[Claim], table: pd.DataFrame, sections: list[Section]) -> str:
     """The summary, which shows the figures that lie beside it as PNG."""
     lines = [f"# Study {results.study.name}", "", _overview(results), ""]
-    if claims := claims_of(results):
+    if claims:
         lines += ["## What came out", ""]
         lines += [f"- {claim.sentence} **{claim.verdict.capitalize()}**: {claim.numbers}." for claim in claims]
         lines += ["", _CLAIMS_NOTE, ""]
@@ -56,20 +86,16 @@ def markdown(results: Results, table: pd.DataFrame, sections: list[Section]) -> 
         lines += [_diverged(results), ""]
     if results.missing:
         lines += ["Missing cells: " + "; ".join(_missing(results)) + ".", ""]
-    lines += ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)]
-    lines += ["", _table_note(results), ""]
+    lines += [*table_lines(table), "", _table_note(results), ""]
     for section in sections:
-        lines += [f"## {section.title}", "", section.answer, ""]
-        lines += [f"![{one.caption}]({one.name}.png)" for one in section.figures if one.panels] + [""]
-        lines += [f"Not drawn ({one.name}): {one.reason}." for one in section.figures if one.reason]
+        lines += section_lines(section)
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _overview(results: Results) -> str:
     total, done = len(results.study.cells()), len(results.cells)
     return (
-        f"{len(results.methods)} methods ({', '.join(results.methods)}), {len(results.nets)} sizes, "
+        f"{len(results.methods)} methods ({', '.join(results.methods)}), {len(results.tasks)} sizes, "
         f"{len(results.study.seeds)} seeds: {done} of {total} cells are finished. Methods are compared with "
         f"{results.study.reference}, at the same seed: the same initialisation and the same batches."
     )

@@ -18,6 +18,7 @@ from zo_lightning.user_errors import UserError
 
 _STEPS = 10
 _WARM_UP = 2
+_UNIT = 128  # examples of a budget's passes
 _OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 # Some callbacks insist on a logger; that they exist is seen when the configuration is read.
 _SILENT = [*(word for name in _OFF for word in (f"--trainer.{name}", "false")), "--trainer.callbacks", "[]"]
@@ -39,7 +40,7 @@ class Stopwatch(Callback):
 
 
 def check(study: Study, fit: Fit) -> dict[str, int]:
-    """Build every method and every net of a study, without a step; return the nets' sizes d by label.
+    """Build every method and every task of a study, without a step; return the nets' sizes d by task.
 
     Raises:
         UserError: one cannot be built; the message names the cell.
@@ -47,41 +48,49 @@ def check(study: Study, fit: Fit) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for cell in _representatives(study):
         trainer = _try(cell, study.options, fit, ["--trainer.max_epochs", "0"])
-        sizes.setdefault(cell.net, parameters(trainer))
+        sizes.setdefault(cell.task, parameters(trainer))
     return sizes
 
 
 def estimate(study: Study, sizes: dict[str, int], fit: Fit) -> dict[Cell, float]:
-    """Seconds that each cell would take alone, from a few steps of each method on the smallest and the largest net.
+    """Seconds that each cell would take alone, from a few steps of each method on the smallest and the largest task.
 
-    In between they are taken to grow linearly with d.
+    In between they are taken to grow linearly with d; and everywhere with the budget, where there is one.
     """
-    cells = [cell for cell in study.cells() if cell.seed == study.seeds[0]]
+    cells = _without_repetition(study)
     seconds: dict[tuple[str, str], float] = {}
     for method in study.methods:
-        own = sorted((cell for cell in cells if cell.method == method), key=lambda cell: sizes[cell.net])
+        own = sorted((cell for cell in cells if cell.method == method), key=lambda cell: sizes[cell.task])
         low, high = (_measure(cell, study.options, fit) for cell in (own[0], own[-1]))
-        span = max(1, sizes[own[-1].net] - sizes[own[0].net])
+        span = max(1, sizes[own[-1].task] - sizes[own[0].task])
         for cell in own:
-            share = (sizes[cell.net] - sizes[own[0].net]) / span
-            seconds[method, cell.net] = low + share * (high - low)
-    return {cell: seconds[cell.method, cell.net] for cell in study.cells()}
+            share = (sizes[cell.task] - sizes[own[0].task]) / span
+            seconds[method, cell.task] = low + share * (high - low)
+    every = [*study.trial_cells(), *study.cells()]
+    return {cell: seconds[cell.method, cell.task] * (cell.budget or 1) for cell in every}
 
 
 def _representatives(study: Study) -> list[Cell]:
-    """Cells of the first seed that show each method, each net and each exception once."""
+    """Cells that show each method, each task, each exception, and trials at each task once."""
     chosen: list[Cell] = []
-    methods, nets = set(), set()
-    for cell in (cell for cell in study.cells() if cell.seed == study.seeds[0]):
-        is_exception = cell.scale in study.methods[cell.method].by_scale
-        if cell.method not in methods or cell.net not in nets or is_exception:
+    methods, tasks = set(), set()
+    for cell in _without_repetition(study):
+        is_exception = cell.task in study.methods[cell.method].by_task
+        if cell.method not in methods or cell.task not in tasks or is_exception:
             chosen.append(cell)
             methods.add(cell.method)
-            nets.add(cell.net)
-    return chosen
+            tasks.add(cell.task)
+    return [*chosen, *{cell.task: cell for cell in study.trial_cells()}.values()]
+
+
+def _without_repetition(study: Study) -> list[Cell]:
+    """The cells of the first seed and the smallest budget."""
+    least = min(study.budgets, default=None)
+    return [cell for cell in study.cells() if (cell.seed, cell.budget) == (study.seeds[0], least)]
 
 
 def _measure(cell: Cell, options: Sequence[str], fit: Fit) -> float:
+    """Seconds of a run; where it has a budget, those of one of its passes."""
     stopwatch = ["--trainer.callbacks+", f"{Stopwatch.__module__}.{Stopwatch.__name__}"]
     trainer = _try(
         cell, options, fit, ["--trainer.max_steps", str(_STEPS), "--trainer.num_sanity_val_steps", "0", *stopwatch]
@@ -93,6 +102,8 @@ def _measure(cell: Cell, options: Sequence[str], fit: Fit) -> float:
     warm = times[min(_WARM_UP, steps - 1) :]
     step = (warm[-1] - warm[0]) / (len(warm) - 1)
     passes = max(1.0, getattr(trainer.lightning_module, "forward_passes", 0) / steps)
+    if cell.budget is not None:
+        return step / (passes * getattr(trainer.datamodule, "batch_size", _UNIT) / _UNIT)
     batches = trainer.num_training_batches + sum(trainer.num_val_batches) / passes / (
         trainer.check_val_every_n_epoch or 1
     )

@@ -1,4 +1,4 @@
-"""One page on a study: figures, tables and what they answer, from the folders of its runs."""
+"""One page on a study: figures, tables and what they answer, from the folders of its runs or a table of them."""
 
 import base64
 import io
@@ -11,13 +11,17 @@ import matplotlib
 import pandas as pd
 
 from zo_lightning.study.answers import final_table
+from zo_lightning.study.budget_report import sections_by_task, write_budget_files
+from zo_lightning.study.claims import claims_of
 from zo_lightning.study.figures import NothingToDraw
 from zo_lightning.study.figures.panels import legend, split
+from zo_lightning.study.folder import read_declaration
 from zo_lightning.study.minima import LINE, SHARPNESS, measure_minima
 from zo_lightning.study.page import html, markdown
-from zo_lightning.study.results import COLUMNS, read_results, write_results
+from zo_lightning.study.results import COLUMNS, Results, read_results, write_results
 from zo_lightning.study.runs import Fit
-from zo_lightning.study.sections import Drawing, minima_section, sections_of
+from zo_lightning.study.runs_table import has_columns, read_runs
+from zo_lightning.study.sections import Drawing, Section, minima_section, sections_of
 from zo_lightning.study.weights import Progress, similarity
 from zo_lightning.user_errors import UserError
 
@@ -25,13 +29,15 @@ PAGE = "report.html"
 
 
 def write_report(
-    folder: Path, output: Path, build: Fit, progress: Progress = lambda what: None, trusted: bool = False
+    source: Path, output: Path, build: Fit, progress: Progress = lambda what: None, trusted: bool = False
 ) -> Path:
     """Write ``report.html`` (one self-contained file), figures as PNG and SVG, ``results.csv`` and ``summary.md``.
 
     The key figures go to TensorBoard as well. Nothing is trained; ``build`` makes the nets and the data of which the
     loss is evaluated, where their classes are ours or PyTorch's, or ``trusted``. What is missing in an unfinished study
-    is named, and the rest is drawn.
+    is named, and the rest is drawn. Weights take room, and may be deleted once a report has measured them: what
+    ``output`` says of a finished run whose weights are gone stays. ``source`` is the folder of a study, or a table that
+    the report on a study with budgets has written.
 
     Returns:
         The page.
@@ -39,26 +45,58 @@ def write_report(
     Raises:
         UserError: the folder holds no study with a finished cell, or ``output`` holds something other than a report.
     """
-    results = read_results(folder)
+    if source.is_file() or read_declaration(source).budgets:
+        return _write_budget_report(source, output, progress)
+    results = read_results(source)
     _claim(output)
-    similar = similarity(results, progress)
+    similar = _with_earlier(similarity(results, progress), output / "similarity.csv", results)
     try:
         (line, around), unmeasured = measure_minima(results, build, progress, trusted), ""
     except UserError as error:  # the runs' data are gone, or their code is not to be run; the rest needs neither
         line, around, unmeasured = pd.DataFrame(columns=list(LINE)), pd.DataFrame(columns=list(SHARPNESS)), str(error)
-    table = final_table(results)
+    line, around = (
+        _with_earlier(new, output / f"{name}.csv", results) for name, new in (("line", line), ("sharpness", around))
+    )
+    table, claims = final_table(results), claims_of(results, similar, around)
     sections = [*sections_of(results, similar), minima_section(results, line, around, unmeasured)]
     write_results(results, output / "results.csv")
     for name, measured in (("similarity", similar), ("line", line), ("sharpness", around)):
         measured.to_csv(output / f"{name}.csv", index=False)
     with _tensorboard(output) as writer:
-        for drawing in (drawing for section in sections for drawing in section.figures):
-            progress(f"figure {drawing.name}")
-            _draw(drawing, output, writer)
-    (output / "summary.md").write_text(markdown(results, table, sections), encoding="utf-8")
+        _draw_all(sections, output, writer, progress)
+    (output / "summary.md").write_text(markdown(results, claims, table, sections), encoding="utf-8")
     page = output / PAGE
-    page.write_text(html(results, table, sections), encoding="utf-8")
+    page.write_text(html(results, claims, table, sections), encoding="utf-8")
     return page
+
+
+def _with_earlier(measured: pd.DataFrame, file: Path, results: Results) -> pd.DataFrame:
+    """What was measured, and what an earlier report has measured of runs that now have no weights."""
+    keys = ["method", "task", "seed"]
+    if not file.is_file():
+        return measured
+    earlier = pd.read_csv(file)
+    if list(earlier.columns) != list(measured.columns):
+        return measured
+    finished = {(cell.method, cell.task, cell.seed) for cell in results.cells}
+    wanted = finished - set(measured[keys].itertuples(index=False, name=None))
+    kept = [key in wanted for key in earlier[keys].itertuples(index=False, name=None)]
+    return pd.concat([measured, earlier[kept]], ignore_index=True) if any(kept) else measured
+
+
+def _write_budget_report(source: Path, output: Path, progress: Progress) -> Path:
+    runs = read_runs(source)
+    _claim(output)
+    sections, page = sections_by_task(runs), output / PAGE
+    _draw_all(sections, output, None, progress)
+    write_budget_files(runs, sections, output, page)
+    return page
+
+
+def _draw_all(sections: list[Section], output: Path, writer: Any, progress: Progress) -> None:
+    for drawing in (drawing for section in sections for drawing in section.figures):
+        progress(f"figure {drawing.name}")
+        _draw(drawing, output, writer)
 
 
 def _draw(drawing: Drawing, output: Path, writer: Any) -> None:
@@ -78,7 +116,7 @@ def _draw(drawing: Drawing, output: Path, writer: Any) -> None:
         return
     (output / f"{drawing.name}.svg").write_bytes(svg.getvalue())
     drawing.panels = ["data:image/svg+xml;base64," + base64.b64encode(panel).decode() for panel in panels]
-    if drawing.key:
+    if drawing.key and writer is not None:
         writer.add_figure(f"study/{drawing.name}", figure, close=False)
 
 
@@ -107,5 +145,7 @@ def _is_report(output: Path) -> bool:
     table = output / "results.csv"
     if not table.is_file():
         return False
+    if has_columns(table):
+        return True
     with table.open(encoding="utf-8", errors="replace") as file:
         return file.readline().rstrip("\n") == ",".join(COLUMNS)

@@ -25,7 +25,7 @@ _METRICS = {
     "epoch/flops": "flops",
     "epoch/seconds": "epoch_seconds",
 }
-COLUMNS = ("method", "net", "scale", "d", "seed", "epoch", *_METRICS.values(), "seconds")
+COLUMNS = ("method", "task", "d", "seed", "epoch", *_METRICS.values(), "seconds")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Results:
     @cached_property
     def diverged(self) -> list[Cell]:
         """Finished cells whose last validation loss is NaN or infinite."""
-        last = self.table.groupby(["method", "net", "seed"])["val_loss"].last(skipna=False)
-        return [cell for cell in self.cells if not np.isfinite(last[cell.method, cell.net, cell.seed])]
+        last = self.table.groupby(["method", "task", "seed"])["val_loss"].last(skipna=False)
+        return [cell for cell in self.cells if not np.isfinite(last[cell.method, cell.task, cell.seed])]
 
     @cached_property
     def methods(self) -> list[str]:
@@ -71,9 +71,9 @@ class Results:
         return [method for method in self.methods if method != self.study.reference]
 
     @cached_property
-    def nets(self) -> dict[str, int]:
-        """Sizes d by net, smallest first."""
-        sizes = dict(zip(self.table["net"], self.table["d"], strict=True))
+    def tasks(self) -> dict[str, int]:
+        """Sizes d by task, smallest first."""
+        sizes = dict(zip(self.table["task"], self.table["d"], strict=True))
         return dict(sorted(sizes.items(), key=lambda item: item[1]))
 
 
@@ -137,8 +137,7 @@ def _read_run(run: Path, cell: Cell) -> pd.DataFrame:
     return table.reset_index().assign(
         epoch=lambda t: t["epoch"].astype(int) + 1,
         method=cell.method,
-        net=cell.net,
-        scale=cell.scale,
+        task=cell.task,
         d=int(about["parameters"]),
         seed=cell.seed,
         seconds=by_epoch["epoch/seconds"].cumsum().reindex(table.index).to_numpy(),

@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,7 @@ from typing import IO, Any
 import yaml
 
 from zo_lightning.locks import locked
+from zo_lightning.modules.driver import TrainingDiverged
 from zo_lightning.study.backends import Backend, Parallel, engine, worker_died
 from zo_lightning.study.folder import (
     FINISHED,
@@ -28,6 +29,7 @@ from zo_lightning.study.folder import (
     write_whole,
 )
 from zo_lightning.study.grid import Cell, Overlay, Study
+from zo_lightning.study.reached import REACHED, choose_rates, measure
 
 # Runs `fit` with the given words of a command line and returns the Trainer; given by the floor above.
 Fit = Callable[[Sequence[str]], Any]
@@ -48,7 +50,9 @@ class Outcome:
 def words_of(cell: Cell, files: Sequence[Path], options: Sequence[str], extra: Sequence[str]) -> list[str]:
     """The command line of ``fit`` for a cell whose overlays lie in files; ``extra`` has the last word."""
     overlays = [word for file in files for word in ("-c", str(file))]
-    return [*overlays, *options, "--seed_everything", str(cell.seed), *extra]
+    rate = [] if cell.lr is None else ["--model.optimizer.lr", repr(cell.lr)]
+    held_out = [] if cell.held_out is None else ["--data.val_size", repr(cell.held_out)]
+    return [*overlays, *options, *rate, *held_out, "--seed_everything", str(cell.seed), *extra]
 
 
 def run_cells(
@@ -64,22 +68,26 @@ def run_cells(
 ) -> list[Outcome]:
     """Run all cells that are not finished, ``jobs`` at a time with ``threads`` threads each; return how they ended.
 
-    Each outcome is also passed to ``report``, as it comes. A cell that fails stops no other one. Where a
-    process dies, the cells that were running are tried once more, one at a time.
+    The trials come first, and the learning rates that they show to be the best are those of the others. Each outcome is
+    also passed to ``report``, as it comes. A cell that fails stops no other one. Where a process dies, the cells that
+    were running are tried once more, one at a time.
 
     Raises:
         UserError: another process is running this study, or the backend cannot be used.
     """
-    with running(folder):
-        pending = [cell for cell in study.cells() if not is_finished(folder, cell)]
+    with running(folder), engine(backend, address, jobs, threads) as parallel:
         outcomes: list[Outcome] = []
 
-        def ended(outcome: Outcome) -> None:
-            outcomes.append(outcome)
-            pending.remove(outcome.cell)
-            report(outcome)
+        def run(cells: Sequence[Cell]) -> None:
+            pending = [cell for cell in cells if not is_finished(folder, cell)]
 
-        with engine(backend, address, jobs, threads) as parallel:
+            def ended(outcome: Outcome) -> None:
+                outcomes.append(outcome)
+                pending.remove(outcome.cell)
+                report(outcome)
+
+            for cell in [cell for cell in pending if _lacks_rate(cell, study)]:
+                ended(Outcome(cell, 0.0, "its learning rate is not chosen: a trial has failed, or all have diverged"))
             while pending:
                 token = f"{os.getpid()} {time.time_ns()}"
                 job = _Job(study, folder, fit, threads, token, os.getpid() if backend == "loky" else None, Path.cwd())
@@ -89,7 +97,15 @@ def run_cells(
                 except worker_died():
                     for cell in _after_crash(pending, folder, token):
                         ended(_alone(parallel, job, cell))
+
+        run(study.trial_cells())
+        chosen = choose_rates(study, folder)
+        run([replace(cell, lr=chosen.get((cell.method, cell.task))) for cell in study.cells()])
         return outcomes
+
+
+def _lacks_rate(cell: Cell, study: Study) -> bool:
+    return cell.lr is None and bool(study.methods[cell.method].learning_rates)
 
 
 @dataclass(frozen=True)
@@ -139,30 +155,42 @@ def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int =
         torch.set_num_threads(threads)
         try:
             with (run / LOG).open("w", encoding="utf-8") as log, printing_to(log):
-                *files, own = _write_overlays(cell, own_overlay(run, cell, study.snapshots), run)
+                *files, own = _write_overlays(cell, own_overlay(run, cell, study), run)
                 trainer = fit(words_of(cell, files, study.options, ["-c", str(own)]))
                 if trainer.interrupted:
                     raise KeyboardInterrupt
+                about: dict[str, Any] = {"parameters": parameters(trainer)}
+                if cell.budget is not None:
+                    about[REACHED] = measure(trainer, cell)
             seconds = time.perf_counter() - began
             sync_metrics(run / METRICS)
-            write_whole(run / FINISHED, yaml.safe_dump({"seconds": seconds, "parameters": parameters(trainer)}))
+            write_whole(run / FINISHED, yaml.safe_dump({"seconds": seconds, **about}))
         except (Exception, SystemExit) as error:
             if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from error  # which Lightning turns into an exit
+            seconds = time.perf_counter() - began
+            if cell.held_out is not None and isinstance(error, TrainingDiverged):  # which is an answer
+                write_whole(run / FINISHED, yaml.safe_dump({"seconds": seconds, "parameters": None, REACHED: {}}))
+                return Outcome(cell, seconds)
             write_whole(run / FAILED, traceback.format_exc())
-            return Outcome(cell, time.perf_counter() - began, f"{error}" or type(error).__name__)
+            return Outcome(cell, seconds, f"{error}" or type(error).__name__)
         return Outcome(cell, seconds)
 
 
-def own_overlay(run: Path, cell: Cell, snapshots: int | None) -> Overlay:
+def own_overlay(run: Path, cell: Cell, study: Study) -> Overlay:
     """What the study itself wants of a run: curves in its folder, the last weights, snapshots, and silence.
 
+    A run with a budget ends when that is spent, its learning rate decays until then, and nothing is judged on the way.
     A cell that has one of the callbacks keeps its own: Lightning takes but one.
     """
     callbacks: list[Overlay] = [{"class_path": "EpochCost"}]
-    if snapshots is not None:
-        every = {"every_n_epochs": snapshots, "histograms": False}
+    if study.snapshots is not None and cell.held_out is None:
+        every = {"every_n_epochs": study.snapshots, "histograms": False}
         callbacks.append({"class_path": "WeightSnapshots", "init_args": every})
+    budget: Overlay = {}
+    if cell.budget is not None:
+        callbacks.append({"class_path": "PassBudget", "init_args": {"passes": cell.budget}})
+        budget = {"max_epochs": -1, "max_steps": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     logger = {"init_args": {"save_dir": str(run), "name": "", "version": ""}}
     return {
         "trainer": {
@@ -171,7 +199,9 @@ def own_overlay(run: Path, cell: Cell, snapshots: int | None) -> Overlay:
             "enable_checkpointing": True,
             "enable_progress_bar": False,
             "enable_model_summary": False,
+            **budget,
         },
+        **({} if cell.budget is None else {"model": {"lr_scheduler": None}}),
         "checkpoint": {"monitor": None, "save_top_k": 0},
         "last_checkpoint": {"every_seconds": None, "weights_only": True},
     }

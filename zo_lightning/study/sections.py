@@ -28,12 +28,13 @@ class Drawing:
 
 @dataclass
 class Section:
-    """A question of the study, its answer in numbers, and its figures."""
+    """A question of the study, its answer in numbers, its figures, and a table where it has one."""
 
     anchor: str
     title: str
     answer: str
     figures: list[Drawing] = field(default_factory=list)
+    table: pd.DataFrame | None = None
 
 
 def sections_of(results: Results, similar: pd.DataFrame) -> list[Section]:

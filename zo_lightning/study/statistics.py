@@ -7,7 +7,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
-KEYS = ["net", "d", "seed", "epoch"]
+KEYS = ["task", "d", "seed", "epoch"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def over_seeds(table: pd.DataFrame, column: str, by: str = "epoch") -> pd.DataFr
 
 
 def ratios(table: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Compare each method with the reference, at the same net, seed (so the same start and batches) and epoch.
+    """Compare each method with the reference, at the same task, seed (so the same start and batches) and epoch.
 
     ``train_loss`` and ``val_loss`` are Loss / Loss_ref, ``val_accuracy`` is Accuracy_ref / Accuracy: all above 1 where
     the reference is better. ``k_train`` and ``k_val`` are Loss / (Loss_ref √d): constant in d if the slowdown that
@@ -116,10 +116,10 @@ def exponents(compared: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def final(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the last epoch of each method, net and seed."""
-    return table.loc[table.groupby(["method", "net", "seed"])["epoch"].idxmax()]
+    """The rows of the last epoch of each method, task and seed."""
+    return table.loc[table.groupby(["method", "task", "seed"])["epoch"].idxmax()]
 
 
 def common_epoch(compared: pd.DataFrame) -> int:
     """The last epoch that every run of a table has reached, such as those of one method in ``ratios``."""
-    return int(compared.groupby(["method", "net", "seed"])["epoch"].max().min())
+    return int(compared.groupby(["method", "task", "seed"])["epoch"].max().min())

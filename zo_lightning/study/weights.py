@@ -12,12 +12,12 @@ from zo_lightning.study.grid import Cell
 from zo_lightning.study.results import Results
 from zo_lightning.trajectories import Trajectory, trajectories
 
-SIMILARITY = ("method", "net", "d", "seed", "epoch", "layer", "cosine", "l2", "matched")
+SIMILARITY = ("method", "task", "d", "seed", "epoch", "layer", "cosine", "l2", "matched")
 Progress = Callable[[str], None]
 
 
 def similarity(results: Results, progress: Progress = lambda what: None) -> pd.DataFrame:
-    """Compare each method's weights with the reference's, of the same net and seed, wherever both have a snapshot.
+    """Compare each method's weights with the reference's, of the same task and seed, wherever both have a snapshot.
 
     Rows are `SIMILARITY`: ``cosine`` and ``l2`` distance of each layer's weight, and under the layer ``"all"`` of all
     weights and biases as one vector; ``matched``, the cosine after the best one-to-one matching of filters, for
@@ -30,23 +30,23 @@ def similarity(results: Results, progress: Progress = lambda what: None) -> pd.D
         for epoch in sorted(one.keys() & other.keys()):
             a, b = _load(one[epoch]), _load(other[epoch])
             if a and b:
-                rows += _compared(a, b, cell, results.nets[cell.net], epoch)
+                rows += _compared(a, b, cell, results.tasks[cell.task], epoch)
     return pd.DataFrame(rows, columns=list(SIMILARITY))
 
 
 def pairs(results: Results) -> Iterator[tuple[Cell, Cell]]:
-    """Every finished cell of another method with the reference's of the same net and seed."""
-    reference = {(cell.net, cell.seed): cell for cell in results.cells if cell.method == results.study.reference}
+    """Every finished cell of another method with the reference's of the same task and seed."""
+    reference = {(cell.task, cell.seed): cell for cell in results.cells if cell.method == results.study.reference}
     for cell in results.cells:
-        if cell.method != results.study.reference and (cell.net, cell.seed) in reference:
-            yield cell, reference[cell.net, cell.seed]
+        if cell.method != results.study.reference and (cell.task, cell.seed) in reference:
+            yield cell, reference[cell.task, cell.seed]
 
 
-def filter_paths(results: Results, net: str, seed: int) -> dict[str, list[Trajectory]]:
+def filter_paths(results: Results, task: str, seed: int) -> dict[str, list[Trajectory]]:
     """The filters of a net over training, a trajectory for each method with this seed, by convolution layer."""
     found: dict[str, list[Trajectory]] = {}
     for cell in results.cells:
-        if (cell.net, cell.seed) == (net, seed):
+        if (cell.task, cell.seed) == (task, seed):
             shots = sorted(snapshots_by_epoch(results.folder / cell.folder).items())
             history = ((epoch, _convolutions(_load(shot))) for epoch, shot in shots)
             for layer, path in trajectories(cell.method, history).items():
@@ -54,11 +54,11 @@ def filter_paths(results: Results, net: str, seed: int) -> dict[str, list[Trajec
     return found
 
 
-def first_filters(results: Results, net: str, seed: int) -> dict[str, Tensor]:
+def first_filters(results: Results, task: str, seed: int) -> dict[str, Tensor]:
     """The last snapshot's first convolution, [filters, channels, height, width], by method."""
     found = {}
     for cell in results.cells:
-        if (cell.net, cell.seed) != (net, seed):
+        if (cell.task, cell.seed) != (task, seed):
             continue
         if shots := snapshots_by_epoch(results.folder / cell.folder):
             layers = _convolutions(_load(shots[max(shots)]))
@@ -92,7 +92,7 @@ def _compared(a: dict[str, Tensor], b: dict[str, Tensor], cell: Cell, d: int, ep
     return [
         {
             "method": cell.method,
-            "net": cell.net,
+            "task": cell.task,
             "d": d,
             "seed": cell.seed,
             "epoch": epoch,

@@ -24,11 +24,11 @@ def width(svg: bytes) -> float:
 
 def test_each_panel_is_alone_and_fits_a_narrow_screen(results: Results) -> None:
     for draw, count in (
-        (lambda: figures.learning_curves(results, "val_loss"), len(results.nets)),
+        (lambda: figures.learning_curves(results, "val_loss"), len(results.tasks)),
         (lambda: figures.loss_ratios(results), 3),
         (lambda: figures.slowdown_exponent(results), 2),
         (lambda: figures.final_accuracy(results), 1),
-        (lambda: figures.first_layer(results, 1), len(results.nets)),
+        (lambda: figures.first_layer(results, 1), len(results.tasks)),
     ):
         figure = laid_out(draw())
         whole = figure.get_figwidth() * 72

@@ -11,7 +11,7 @@ from zo_lightning.study.weights import first_filters
 
 
 def test_nothing_to_draw_says_why(results: Results) -> None:
-    empty = pd.DataFrame(columns=["method", "net", "d", "seed", "epoch", "layer", "cosine", "matched", "increase"])
+    empty = pd.DataFrame(columns=["method", "task", "d", "seed", "epoch", "layer", "cosine", "matched", "increase"])
     for draw in (
         lambda: figures.weight_similarity(results, empty, "cosine", "ZO-AdaMM"),
         lambda: figures.matched_similarity(results, empty, "ZO-AdaMM"),
@@ -26,9 +26,9 @@ def test_nothing_to_draw_says_why(results: Results) -> None:
 
 def test_first_layer_shows_the_filters_of_every_method_and_size(results: Results) -> None:
     panels = [axes for axes in figures.first_layer(results, 1).axes if axes.images]
-    assert len(panels) == len(results.methods) * len(results.nets)
-    assert [axes.get_ylabel() for axes in panels] == results.methods * len(results.nets)
-    filters = first_filters(results, list(results.nets)[0], 1)["ZO-AdaMM"].mean(1).numpy()
+    assert len(panels) == len(results.methods) * len(results.tasks)
+    assert [axes.get_ylabel() for axes in panels] == results.methods * len(results.tasks)
+    filters = first_filters(results, list(results.tasks)[0], 1)["ZO-AdaMM"].mean(1).numpy()
     side = filters.shape[-1]
     pixels = 48 // side  # of a weight's side
     shown = np.asarray(panels[1].images[0].get_array())
@@ -40,8 +40,8 @@ def test_first_layer_shows_the_filters_of_every_method_and_size(results: Results
 
 
 def test_every_filter_has_a_way_in_its_methods_colour(results: Results) -> None:
-    panels = figures.filter_trajectories(results, "conv1", 1).axes[: len(results.nets)]
-    for axes, net in zip(panels, results.nets, strict=True):
+    panels = figures.filter_trajectories(results, "conv1", 1).axes[: len(results.tasks)]
+    for axes, net in zip(panels, results.tasks, strict=True):
         ways = [line for line in axes.lines if len(np.asarray(line.get_xdata())) == 4]  # snapshots
         assert len(ways) == sum(map(len, first_filters(results, net, 1).values()))
         assert len({line.get_color() for line in ways}) == len(results.methods)

@@ -11,7 +11,15 @@ from typing_extensions import Self
 
 from zo_lightning.counter import mix
 from zo_lightning.distributed import Distributed, finite_everywhere
-from zo_lightning.estimators.base import Estimate, GradientEstimator, Loss, check_samples, resolve_seed, trained
+from zo_lightning.estimators.base import (
+    Estimate,
+    GradientEstimator,
+    Loss,
+    check_samples,
+    like_weight,
+    resolve_seed,
+    trained,
+)
 from zo_lightning.estimators.per_example.feedback import Shrinkage
 from zo_lightning.estimators.per_example.look import Look, matching
 from zo_lightning.estimators.per_example.loss_alone import LossAlone
@@ -326,8 +334,4 @@ def _add(grads: dict[nn.Parameter, Tensor], found: list[tuple[nn.Parameter, Tens
 
 def _like(p: nn.Parameter, grad: Tensor | None, samples: int) -> Tensor:
     """The mean of some samples as a tensor with the strides of its weight."""
-    if grad is None:
-        return torch.zeros_like(p)
-    if samples > 1:
-        grad = grad / samples
-    return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+    return like_weight(p, grad if grad is None or samples == 1 else grad / samples)

@@ -1,5 +1,6 @@
 """The study's figures, one function each: tables in, a figure out."""
 
+from zo_lightning.study.figures.budgets import reached_by_cost
 from zo_lightning.study.figures.minima import minima_line, sharpness_by_size
 from zo_lightning.study.figures.style import NothingToDraw
 from zo_lightning.study.figures.training import (
@@ -25,6 +26,7 @@ __all__ = [
     "matched_similarity",
     "minima_line",
     "sharpness_by_size",
+    "reached_by_cost",
     "slowdown",
     "slowdown_exponent",
     "weight_similarity",

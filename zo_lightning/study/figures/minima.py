@@ -24,11 +24,11 @@ from zo_lightning.study.statistics import over_seeds
 def minima_line(results: Results, line: pd.DataFrame, quantity: str) -> Figure:
     """Loss or accuracy on the straight line from the reference's minimum (0) to a method's (1); a panel per size."""
     if line.empty:
-        raise NothingToDraw("no two runs of the same net and seed have their last weights")
+        raise NothingToDraw("no two runs of the same task and seed have their last weights")
     figure, panels = panel_grid(results)
-    for axes, (net, d) in zip(panels, results.nets.items(), strict=True):
+    for axes, (task, d) in zip(panels, results.tasks.items(), strict=True):
         for method in results.others:
-            own = rows_of(line, method=method, net=net)
+            own = rows_of(line, method=method, task=task)
             if not own.empty:
                 curve = over_seeds(own, quantity, by="position")
                 band(
@@ -41,7 +41,7 @@ def minima_line(results: Results, line: pd.DataFrame, quantity: str) -> Figure:
                 )
         for end in (0, 1):
             axes.axvline(end, color="grey", lw=0.8, ls=":")
-        axes.set_title(size_title(net, d), fontsize=9)
+        axes.set_title(size_title(task, d), fontsize=9)
     if quantity == "loss":
         panels[0].set_yscale("log")  # of all panels: they share the axis
         plain_log_ticks(panels[0].yaxis)

@@ -1,7 +1,6 @@
 """What the study's figures share: colours and marks of the methods, panels of the sizes, legends and ticks."""
 
 from collections.abc import Mapping
-from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -31,8 +30,18 @@ def rows_of(table: pd.DataFrame, **wanted: Any) -> pd.DataFrame:
 
 def style_of(results: Results, method: str) -> dict[str, Any]:
     """The colour and the marker of a method, the same in every figure of the study."""
-    index = list(results.study.methods).index(method)
-    return {"color": next(islice(cycle(COLOURS), index, None)), "marker": next(islice(cycle(MARKERS), index, None))}
+    return style_at(list(results.study.methods).index(method))
+
+
+def style_at(index: int) -> dict[str, Any]:
+    """The colour and the marker of the method at a place; where colours come again, they do so with other markers."""
+    count = len(COLOURS)
+    turn = index // count
+    return {
+        "color": COLOURS[index % count],
+        "marker": MARKERS[(index + turn) % count],
+        **({"ls": "--"} if turn else {}),
+    }
 
 
 def aside(results: Results, method: str) -> float:
@@ -41,18 +50,18 @@ def aside(results: Results, method: str) -> float:
 
 
 def size_colours(results: Results) -> dict[str, Any]:
-    """A colour for each net, the darker the smaller."""
-    return dict(zip(results.nets, ordered(len(results.nets)), strict=True))
+    """A colour for each task, the darker the smaller."""
+    return dict(zip(results.tasks, ordered(len(results.tasks)), strict=True))
 
 
-def size_title(net: str, d: int) -> str:
-    """The title of a net's panel: its class and its size."""
-    return f"{net.partition(' ')[0]}, d = {d:,}"
+def size_title(task: str, d: int) -> str:
+    """The title of a task's panel: its name and its size."""
+    return f"{task.partition(' ')[0]}, d = {d:,}"
 
 
 def panel_grid(results: Results, share: bool = True) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each net, smallest first; they have one vertical axis, or each has its own."""
-    count = len(results.nets)
+    """A figure with a panel for each task, smallest first; they have one vertical axis, or each has its own."""
+    count = len(results.tasks)
     columns = min(4, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(max(4.0, 3.3 * columns), 2.8 * rows + 0.5), layout="constrained")
@@ -89,11 +98,13 @@ def method_legend(figure: Figure, results: Results, extra: Mapping[str, Any], **
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9)
 
 
-def panel_legend(figure: Figure, panels: list[Axes], extra: Mapping[str, Any] | None = None) -> None:
+def panel_legend(figure: Figure, panels: list[Axes], extra: Mapping[str, Any] | None = None, columns: int = 7) -> None:
     """A legend above the panels of what is drawn in any of them, and of ``extra`` lines."""
     entries = {label: _line(h) for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     entries |= {label: Line2D([], [], **style) for label, style in (extra or {}).items()}
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(7, len(entries)), fontsize=9)
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside upper center", ncols=min(columns, len(entries)), fontsize=9
+    )
 
 
 def finish(axes: Axes, outside: Figure | None = None) -> None:

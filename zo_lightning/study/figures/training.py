@@ -45,9 +45,9 @@ def learning_curves(results: Results, quantity: str, against: str = "epoch") -> 
     """A quantity over training, one panel per size: mean ± standard deviation over seeds, published means dotted."""
     figure, panels = panel_grid(results)
     published_drawn = False
-    for axes, (net, d) in zip(panels, results.nets.items(), strict=True):
+    for axes, (task, d) in zip(panels, results.tasks.items(), strict=True):
         for method in results.methods:
-            runs = rows_of(results.table, method=method, net=net)
+            runs = rows_of(results.table, method=method, task=task)
             if runs.empty:
                 continue
             style = style_of(results, method)
@@ -62,7 +62,7 @@ def learning_curves(results: Results, quantity: str, against: str = "epoch") -> 
             if against == "epoch" and not theirs.empty:
                 axes.plot(theirs["epoch"], theirs[f"{quantity}_mean"], color=style["color"], lw=0.9, ls=":", zorder=1)
                 published_drawn = True
-        axes.set_title(size_title(net, d), fontsize=9)
+        axes.set_title(size_title(task, d), fontsize=9)
         if against == "epoch":
             whole_epochs(axes)
         else:
@@ -197,14 +197,14 @@ def _by_size(results: Results, titles: Mapping[str, str], label: str) -> Figure:
     published_drawn = False
     for row, method in zip(grid, methods, strict=True):
         for axes, (column, title) in zip(row, titles.items(), strict=True):
-            for net, d in results.nets.items():
-                curve = over_seeds(rows_of(compared, method=method, net=net), column)
+            for task, d in results.tasks.items():
+                curve = over_seeds(rows_of(compared, method=method, task=task), column)
                 if curve.empty:
                     continue
-                band(axes, curve["epoch"].to_numpy(float), curve, color=colours[net], label=f"d = {d:,}")
+                band(axes, curve["epoch"].to_numpy(float), curve, color=colours[task], label=f"d = {d:,}")
                 theirs = _published_ratio(results, column, d) if method == "ZO-AdaMM" else pd.DataFrame()
                 if not theirs.empty:
-                    axes.plot(theirs["epoch"], theirs["ratio"], color=colours[net], lw=0.9, ls=":", zorder=1)
+                    axes.plot(theirs["epoch"], theirs["ratio"], color=colours[task], lw=0.9, ls=":", zorder=1)
                     published_drawn = True
             axes.set_title(title.format(method=method), fontsize=8)
             axes.grid(alpha=0.3)
@@ -234,7 +234,7 @@ def _published_ratio(results: Results, column: str, d: int | None = None) -> pd.
         return empty
     name = {"k_train": "train_loss", "k_val": "val_loss"}.get(column, column) + "_mean"
     rows = []
-    for size in [d] if d is not None else results.nets.values():
+    for size in [d] if d is not None else results.tasks.values():
         fo, zo = (published_at(results, method, size).set_index("epoch")[[name]] for method in ("FO-AdaMM", "ZO-AdaMM"))
         if fo.empty or zo.empty:
             continue
@@ -245,6 +245,6 @@ def _published_ratio(results: Results, column: str, d: int | None = None) -> pd.
 
 
 def _published_last(results: Results, method: str) -> pd.DataFrame:
-    found = [published_at(results, method, d).tail(1) for d in results.nets.values()]
+    found = [published_at(results, method, d).tail(1) for d in results.tasks.values()]
     found = [table for table in found if not table.empty]
     return pd.concat(found) if found else pd.DataFrame()

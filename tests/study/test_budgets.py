@@ -1,0 +1,161 @@
+"""Studies with tasks, budgets and learning rates to choose from: what they run, choose and say."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from zo_lightning.__main__ import main
+from zo_lightning.study.folder import read_declaration
+from zo_lightning.study.reached import choose_rates, read_reached
+from zo_lightning.study.runs_table import COLUMNS, read_runs
+
+DECLARED = """
+common: {trainer: {log_every_n_steps: 2}}
+methods:
+  FO:
+    model: {estimator: Backprop, optimizer: {class_path: torch.optim.Adam, init_args: {lr: 1e-3}}}
+    by_task: {linear: {data: {init_args: {batch_size: 64}}}}
+    learning_rates: [1e-9, 1e-2]
+  signs:
+    data: {init_args: {batch_size: 32}}
+    model:
+      estimator: {class_path: ZerothOrder, init_args: {stencil: {class_path: ForwardDifference}, samples: 3}}
+      optimizer: {class_path: torch.optim.SGD, init_args: {lr: 1e-3}}
+    learning_rates: [1e-4, 1e30]
+tasks:
+  conv: {model: {net: SmallCNN}, data: {class_path: Digits, init_args: {val_size: 0}}}
+  linear:
+    model: {net: {class_path: zo_lightning.MLP, init_args: {hidden: []}}}
+    data: {class_path: Digits, init_args: {val_size: 0}}
+budgets: [9, 30]
+seeds: [1, 2]
+trials: {budget: 30, seed: 0}
+"""
+STUDY = Path("lightning_logs", "small")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder in which the study was run, and reported on."""
+    folder = tmp_path_factory.mktemp("budgets")
+    (folder / "small.yaml").write_text(DECLARED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["zo-lightning"])
+        assert main(["study", "-c", "small.yaml", "--jobs", "2"]) == 0
+        assert main(["report", str(STUDY)]) == 0
+        yield folder
+
+
+def test_each_budget_is_a_run_of_its_own(home: Path) -> None:
+    table = read_runs(home / STUDY).table
+    assert len(table) == 2 * 2 * 2 * 2
+    assert set(table["passes"] <= table["budget"]) == {True}
+    steps = table.set_index(["task", "method", "budget", "seed"])["steps"]
+    assert steps["conv", "FO", 30, 1] == 10
+    assert steps["linear", "FO", 30, 1] == 20  # of half the examples
+    assert steps["conv", "signs", 30, 2] == 30  # 4 passes of 32
+    run = home / STUDY / "signs" / "conv" / "budget_30" / "seed_1"
+    assert read_reached(run)["lr"] == 1e-4
+    metrics = pd.read_csv(run / "metrics.csv")
+    assert metrics["test/acc"].notna().sum() == 1 and "val/acc" not in metrics
+    assert metrics["lr"].min() < 1e-5  # it decays
+
+
+def test_everything_is_measured(home: Path) -> None:
+    table = read_runs(home / STUDY).table
+    assert tuple(table.columns) == COLUMNS
+    assert table.notna().all(axis=None)
+    assert set(table["device"]) == {"cpu"}
+    assert dict(zip(table["task"], table["d"], strict=True)) == {"conv": 2590, "linear": 7850}
+    cost = table[table["method"] == "FO"].groupby("budget")["flops"].mean()
+    assert cost[30] / cost[9] == pytest.approx(30 / 9, rel=0.01)
+
+
+def test_learning_rates_are_chosen_on_held_out_training_data(home: Path) -> None:
+    study = read_declaration(home / STUDY)
+    assert choose_rates(study, home / STUDY) == {
+        ("FO", "conv"): 1e-2,
+        ("FO", "linear"): 1e-2,
+        ("signs", "conv"): 1e-4,  # the other one diverges
+        ("signs", "linear"): 1e-4,
+    }
+    trial = home / STUDY / "_trials" / "FO" / "conv" / "lr_0.01"
+    assert yaml.safe_load((trial / "config.yaml").read_text())["data"]["init_args"]["val_size"] == 0.1
+    metrics = pd.read_csv(trial / "metrics.csv")
+    assert metrics["val/acc"].notna().sum() == 1 and "test/acc" not in metrics
+    assert read_reached(home / STUDY / "_trials" / "signs" / "conv" / "lr_1e+30") == {}
+
+
+def test_study_goes_on_and_grows(home: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """What is finished stays, a run that was lost is made again, a new budget is added; the choice stands."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(home / STUDY, tmp_path / STUDY)
+    lost = STUDY / "FO" / "conv" / "budget_9" / "seed_1"
+    before = read_reached(lost)
+    shutil.rmtree(lost)
+    kept = {path: path.stat().st_mtime_ns for path in STUDY.rglob("finished.yaml")}
+    (tmp_path / "small.yaml").write_text(DECLARED.replace("[9, 30]", "[9, 30, 3]"))
+    assert main(["study", "-c", "small.yaml", "--jobs", "1"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    again = read_reached(lost)
+    same = set(before) - {"seconds"}
+    assert {name: before[name] for name in same} == {name: again[name] for name in same}
+    assert sorted(set(read_runs(STUDY).table["budget"])) == [3, 9, 30]
+    capsys.readouterr()
+    (tmp_path / "small.yaml").write_text(DECLARED.replace("[1e-9, 1e-2]", "[1e-9, 2e-2]"))
+    assert main(["study", "-c", "small.yaml"]) == 2
+    assert "chose its learning rates otherwise: learning_rates.FO is" in capsys.readouterr().err
+
+
+def test_without_a_finished_trial_its_runs_fail(home: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(DECLARED.replace("[1e-4, 1e30]", "[1e29, 1e30]").replace("[1, 2]", "[1]"))
+    words = ["study", "-c", "small.yaml", "--jobs", "2"]
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "signs, conv, 30 passes, seed 1: its learning rate is not chosen" in error
+    assert set(read_runs(STUDY).table[["task", "method"]].itertuples(index=False, name=None)) >= {("conv", "FO")}
+    assert {cell.split(",")[0] for cell in read_runs(STUDY).missing} == {"signs"}
+
+
+def test_report_says_who_wins_and_how_rates_were_chosen(home: Path) -> None:
+    report = home / STUDY / "report"
+    assert {path.stem for path in report.glob("*.png")} == {"budgets_conv", "budgets_linear"}
+    summary = (report / "summary.md").read_text()
+    assert "16 of 16 cells are finished" in summary
+    assert summary.index("Who wins where") < summary.index("1. conv, d = 2,590") < summary.index("How learning rates")
+    assert "| conv | signs | 0.0001 | 0.0001: " in summary and "1e+30: diverged" in summary
+    assert "judged on 10 % of the training data" in summary
+    page = (report / "report.html").read_text()
+    assert page.count('<img src="data:image/svg+xml;base64,') == 2 * 3  # a panel each
+
+
+def test_table_alone_gives_the_same_figures(home: Path, tmp_path: Path) -> None:
+    shutil.copy(home / STUDY / "report" / "results.csv", tmp_path)
+    assert main(["report", str(tmp_path / "results.csv")]) == 0
+    assert (tmp_path / "results.csv").read_bytes() == (home / STUDY / "report" / "results.csv").read_bytes()
+    there, here = ((folder / "summary.md").read_text() for folder in (home / STUDY / "report", tmp_path))
+    assert there[there.index("| task") : there.index("Test accuracy of")] in here
+    assert (tmp_path / "budgets_conv.png").is_file()
+
+
+def test_foreign_table_is_refused(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    assert main(["report", str(tmp_path / "mine.csv")]) == 2
+    assert "is no table of runs with budgets: its first line is to be task,method," in capsys.readouterr().err
+
+
+def test_dry_run_lists_trials_and_budgets(home: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(home)
+    assert main(["study", "-c", "small.yaml", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "lightning_logs/small/_trials/FO/conv/lr_0.01  d = 2,590  finished" in printed
+    assert "lightning_logs/small/signs/linear/budget_9/seed_2  d = 7,850  finished" in printed
+    assert "24 cells, 24 of them finished" in printed
