@@ -24,6 +24,8 @@ _FOLD = 1024  # numbers whose squares are summed at once
 class Directions(ABC):
     """A distribution of directions ``u`` with ``E[u uᵀ] = I``; equal arguments draw equal directions, in any order.
 
+    Or a projection in the place of ``I``, for directions that stay in a subspace (``Centred``).
+
     The numbers of a direction are those of one ``Stream``: the tensors of the weights lie in it one after the other. So
     they are the same on every device, to the last bit for all but ``Sphere`` and ``LowRank``, whose sums may round
     otherwise there.
