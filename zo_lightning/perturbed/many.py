@@ -73,15 +73,11 @@ class _Pass(DisplacedWeights):
         distance: Tensor,
         before_write: Callable[[Tensor], None],
     ) -> None:
-        def formed(position: int) -> Tensor:  # no method, which would refer to the pass that refers to it
+        def value(position: int) -> Tensor:  # no method, which would refer to the pass that refers to it
             displaced = seen[position]
-            if isinstance(displaced, Tensor):
-                return displaced
-            a, b = displaced
-            weight = tensors[position].detach()
-            return weight + ((a * distance).to(a.dtype) @ b.T).view(weight.shape)
+            return displaced if isinstance(displaced, Tensor) else _formed(tensors[position], displaced, distance)
 
-        super().__init__(tensors, formed, (), before_write)
+        super().__init__(tensors, value, (), before_write)
         self.displaced, self.distance = seen, distance
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -95,3 +91,8 @@ class _Pass(DisplacedWeights):
         a, b = factors
         bias = self._displaced(rest[0] if rest else kwargs.get("bias"))
         return F.linear(x, self.weights[position].detach(), bias) + (x @ b) @ (a * self.distance).to(a.dtype).T
+
+
+def _formed(weight: Tensor, factors: list[Tensor], distance: Tensor) -> Tensor:
+    a, b = factors
+    return weight.detach() + ((a * distance).to(a.dtype) @ b.T).view(weight.shape)
