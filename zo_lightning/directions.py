@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -77,7 +76,6 @@ class Direction:
 
     Attributes:
         held: the tensors, once ``hold`` has drawn them.
-        together: what it was drawn together with, and is summed up with.
     """
 
     def __init__(
@@ -85,7 +83,6 @@ class Direction:
     ) -> None:
         self.distribution, self.weights, self.stream, self.still = distribution, weights, stream, still
         self.held: Vector | None = None
-        self.together: Summed | None = None
 
     @cached_property
     def d(self) -> int:
@@ -144,14 +141,6 @@ class Direction:
         if position in self.still:
             place[self.still[position]] = 0
         return place
-
-
-class Summed(Protocol):
-    """Some directions of one step whose weighted sum takes less than each of them."""
-
-    def sum(self, coefficients: Sequence[float], position: int) -> Tensor:
-        """``Σᵢ cᵢ uᵢ`` of one weight."""
-        ...
 
 
 def hold_all(directions: Sequence[Direction], out: Vector) -> None:

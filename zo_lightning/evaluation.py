@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zo_lightning.black_box import BlackBoxLoss
 from zo_lightning.directions import Direction, hold_all
-from zo_lightning.low_rank import LowRank
+from zo_lightning.low_rank import Factors
 from zo_lightning.objective import Objective, check_loss
 from zo_lightning.perturbed.many import Displaced, losses_at
 from zo_lightning.perturbed.state import State
@@ -140,18 +140,14 @@ class Batched(Evaluation):
         count = len(chunk)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in weights) else torch.float32
         distances = torch.tensor(moves, dtype=dtype, device=weights[0].device).repeat_interleave(count)
-        distribution = chunk[0].distribution
-        if isinstance(distribution, LowRank) and not weights.still and not any(p.is_complex() for p in weights):
-            together = distribution.together(chunk)
+        if (factors := Factors.of(chunk)) is not None:
             seen: list[Displaced] = []
-            for p, part in zip(weights, together.parts, strict=True):
+            for p, part in zip(weights, factors.parts, strict=True):
                 if isinstance(part, tuple):
                     a, b = (of.repeat(len(moves), 1, 1) for of in part)
-                    seen.append([a / math.sqrt(distribution.rank), b])
+                    seen.append([a / math.sqrt(factors.rank), b])
                 else:
                     seen.append(torch.cat([torch.add(p.detach(), part, alpha=move) for move in moves]))
-            for direction in chunk:
-                direction.together = together
             return seen, distances
         u, points = state.scratch("batch", weights, size), state.scratch("batch's points", weights, size * len(moves))
         hold_all(chunk, u.rows(slice(count)))

@@ -40,22 +40,6 @@ class LowRank(Directions):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
-    def together(self, directions: Sequence[Direction]) -> "Together":
-        """All that some directions of one step are made of, drawn at once."""
-        starts = directions[0].starts
-        flat = torch.empty(len(directions), starts[-1], device=directions[0].weights[0].device)
-        draw_normals([direction.stream for direction in directions], flat, 0)
-        shared = self._shared(directions, flat, 0)
-        parts: list[Tensor | Pair] = []
-        for start, w in zip(starts, directions[0].weights, strict=False):
-            numbers = slice(start, start + self._numbers(w))
-            if w.ndim < 2:
-                parts.append(flat[:, numbers].view(-1, *w.shape).to(w.dtype))
-            else:
-                pair = self._pair(flat[:, numbers], shared[:, numbers], w)
-                parts.append((pair[0].to(w.dtype), pair[1].to(w.dtype)))
-        return Together(self, directions[0].weights, parts)
-
     def _shared(self, directions: Sequence[Direction], own: Tensor, start: int) -> Tensor:
         """Numbers as the directions' own, of the first step of their interval."""
         if self.every == 1:
@@ -90,17 +74,35 @@ class LowRank(Directions):
         place.copy_(product.div_(math.sqrt(self.rank)).view(place.shape))
 
 
-class Together:
-    """Directions of one step in factors, from which their weighted sum is formed without any of them.
+class Factors:
+    """All that some directions of one step are made of, drawn at once: they are summed up without any being formed.
 
-    Args:
-        distribution: of the directions.
-        weights: they belong to.
+    Attributes:
         parts: for each weight ``A`` [q, m, r] and ``B`` [q, n, r], or the numbers of a vector, [q, n].
     """
 
-    def __init__(self, distribution: LowRank, weights: Sequence[Tensor], parts: list[Tensor | Pair]) -> None:
-        self.distribution, self.weights, self.parts = distribution, weights, parts
+    def __init__(self, distribution: LowRank, directions: Sequence[Direction]) -> None:
+        self.rank, self.weights = distribution.rank, directions[0].weights
+        self.parts: list[Tensor | Pair] = []
+        starts = directions[0].starts
+        flat = torch.empty(len(directions), starts[-1], device=self.weights[0].device)
+        draw_normals([direction.stream for direction in directions], flat, 0)
+        shared = distribution._shared(directions, flat, 0)
+        for start, w in zip(starts, self.weights, strict=False):
+            numbers = slice(start, start + distribution._numbers(w))
+            if w.ndim < 2:
+                self.parts.append(flat[:, numbers].view(-1, *w.shape).to(w.dtype))
+            else:
+                a, b = distribution._pair(flat[:, numbers], shared[:, numbers], w)
+                self.parts.append((a.to(w.dtype), b.to(w.dtype)))
+
+    @classmethod
+    def of(cls, directions: Sequence[Direction]) -> "Factors | None":
+        """Those of some directions; None where they have none, or a weight is complex or has a row that stands still."""
+        first = directions[0]
+        if not isinstance(first.distribution, LowRank) or first.still or any(w.is_complex() for w in first.weights):
+            return None
+        return cls(first.distribution, directions)
 
     def sum(self, coefficients: Sequence[float], position: int) -> Tensor:
         """``Σᵢ cᵢ uᵢ`` of one weight."""
@@ -109,7 +111,7 @@ class Together:
         c = torch.tensor(coefficients, dtype=a.dtype, device=a.device)
         with torch.autocast(a.device.type, enabled=False), tf32(False):
             if b is None:
-                return torch.tensordot(c, a, 1)
+                return torch.empty_like(weight).copy_(torch.tensordot(c, a, 1))
             scaled = (a * c.view(-1, 1, 1)).transpose(0, 1).flatten(1)
             product = scaled @ b.transpose(1, 2).flatten(0, 1)
-        return torch.empty_like(weight).copy_(product.div_(math.sqrt(self.distribution.rank)).view(weight.shape))
+        return torch.empty_like(weight).copy_(product.div_(math.sqrt(self.rank)).view(weight.shape))

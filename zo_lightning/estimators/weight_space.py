@@ -4,7 +4,6 @@ import math
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from zo_lightning.directions import Coordinate, Direction, Directions
 from zo_lightning.distributed import Distributed, Probed, world_size
 from zo_lightning.estimators.base import Estimate, GradientEstimator, resolve_seed
+from zo_lightning.low_rank import Factors, LowRank
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Weights
@@ -132,34 +132,34 @@ def average(weights: Weights, probes: Iterable[Probe], samples: int) -> Estimate
     """``(1/q) Σᵢ cᵢ uᵢ`` and the mean loss, from ``q`` triples (``uᵢ``, loss, ``cᵢ``); held tensors are used up."""
     total, slopes = 0.0, []
     gradients: Vector | None = None
-    lean: list[tuple[Direction, float]] = []
+    lean: list[Direction] = []
     for direction, loss, slope in probes:
         total += loss
         slopes.append(slope)
-        if direction.held is None:
-            lean.append((direction, slope / samples))
+        if direction.held is None or isinstance(direction.distribution, LowRank):
+            lean.append(direction)
         elif gradients is None:
             gradients = direction.held.mul_(slope / samples)
         else:
             gradients.add_(direction.held, alpha=slope / samples)
     loss = torch.full((), total / samples, device=weights[0].device)  # without a wait for a GPU
-    found = zip(weights, gradients.lend(), strict=True) if gradients else _one_by_one(weights, lean)
-    return Estimate(loss, found, tuple(slopes))
+    if gradients is None:
+        return Estimate(loss, _one_by_one(weights, lean, [slope / samples for slope in slopes]), tuple(slopes))
+    return Estimate(loss, zip(weights, gradients.lend(), strict=True), tuple(slopes))
 
 
-def _one_by_one(weights: Weights, lean: list[tuple[Direction, float]]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    groups = [(together, [*members]) for together, members in groupby(lean, lambda pair: pair[0].together)]
+def _one_by_one(
+    weights: Weights, directions: list[Direction], coefficients: list[float]
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each weight and ``Σᵢ cᵢ uᵢ`` of it; of low rank in factors, whoever has found the slopes: with the same bits."""
+    factors = Factors.of(directions)
     for position, p in enumerate(weights):
-        gradient: Tensor | None = None
-        for together, members in groups:
-            if together is not None:
-                part = together.sum([c for _, c in members], position)
-                gradient = part if gradient is None else gradient.add_(part)
-                continue
-            for direction, c in members:
-                u = direction[position]
-                gradient = u.mul_(c) if gradient is None else gradient.add_(u, alpha=c)
-                del u  # or it would still be there while the next one is drawn
-        assert gradient is not None
+        if factors is not None:
+            yield p, factors.sum(coefficients, position)
+            continue
+        (first, c), *rest = zip(directions, coefficients, strict=True)
+        gradient = first[position].mul_(c)
+        for direction, c_i in rest:
+            gradient.add_(direction[position], alpha=c_i)
         yield p, gradient
-        del gradient
+        del gradient  # or it would still be there while the next one is drawn
