@@ -98,7 +98,7 @@ class Factors:
 
     @classmethod
     def of(cls, directions: Sequence[Direction]) -> "Factors | None":
-        """Those of some directions; None where they have none, or a weight is complex or has a row that stands still."""
+        """Those of some directions; None where they have none, or a weight is complex or has a still row."""
         first = directions[0]
         if not isinstance(first.distribution, LowRank) or first.still or any(w.is_complex() for w in first.weights):
             return None

@@ -31,7 +31,7 @@ class CIFAR10(DownloadedDataModule):
     def __init__(
         self,
         batch_size: int = 128,
-        val_size: int = 5000,
+        val_size: int | float = 5000,
         seed: int | None = None,
         root: str = "data",
         download: bool = True,

@@ -48,7 +48,7 @@ class CIFAR10Images(InMemoryDataModule):
     def __init__(
         self,
         batch_size: int = 128,
-        val_size: int = 5000,
+        val_size: int | float = 5000,
         seed: int | None = None,
         root: str = "data",
         cache: str | None = None,
