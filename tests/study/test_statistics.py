@@ -56,7 +56,7 @@ def test_exponent_recovers_a_power() -> None:
     assert np.isnan(alone.low)
 
 
-@pytest.mark.parametrize(("sizes", "seeds", "short_by"), [(5, 10, 0.0), (4, 2, 0.05)])
+@pytest.mark.parametrize(("sizes", "seeds", "short_by"), [(5, 10, 0.0), (4, 2, 0.05), (11, 1, 0.0)])
 def test_exponents_interval_covers_the_truth_about_as_often_as_it_says(sizes: int, seeds: int, short_by: float) -> None:
     """Log-normal ratios; with two seeds a resampled mean is one of three numbers, which costs up to 0.05."""
     rng = np.random.default_rng(0)

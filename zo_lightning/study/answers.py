@@ -82,7 +82,7 @@ def slowdown(results: Results) -> str:
             f"{method}: α = {alpha:.2f} for the validation loss, {train:.2f} for the training loss "
             f"after epoch {epoch} ({verdict})"
         )
-    text = "Loss ratio ~ d^α, with 95 % bootstrap intervals over seeds: " + "; ".join(said) + "."
+    text = "Loss ratio ~ d^α, with 95 % intervals: " + "; ".join(said) + "."
     few = compared["d"].nunique()
     return text + (f" Only {few} sizes: this is a slope, not a law." if few < 4 else "")
 

@@ -74,8 +74,10 @@ def exponent(d: ArrayLike, ratio: ArrayLike, level: float = 0.95, resamples: int
     draws at each size its seeds again, with replacement: it says how far seeds make the slope uncertain, not whether
     the law is a power. Resampled means vary too little by ``√((n − 1)/n)``, and few seeds leave the variance itself
     uncertain: deviations are enlarged by the inverse of the one and by ``t/z``, the quantile of Student's t for
-    ``Σ (n − 1)`` degrees of freedom over the normal one. NaN bounds where a size has one seed only; all NaN for less
-    than two sizes, or where a ratio is not finite: a run has diverged.
+    ``Σ (n − 1)`` degrees of freedom over the normal one. Where a size has one seed only, the interval is that of the
+    line: the standard error of its slope by the sizes' scatter about it, times Student's t for two degrees of freedom
+    fewer than there are sizes, which takes the law to be a power; NaN bounds for two sizes then. All NaN for less than
+    two sizes, or where a ratio is not finite: a run has diverged.
 
     Args:
         d: the sizes, [n].
@@ -91,10 +93,11 @@ def exponent(d: ArrayLike, ratio: ArrayLike, level: float = 0.95, resamples: int
     x = np.log(sizes) - np.log(sizes).mean()
     weights = x / (x @ x)  # the slope is a weighted sum of the means
     groups = [logs[at == index] for index in range(len(sizes))]
-    value = float(weights @ [group.mean() for group in groups])
+    means = np.array([group.mean() for group in groups])
+    value = float(weights @ means)
     counts = np.array([len(group) for group in groups])
     if counts.min() < 2:
-        return Interval(value, np.nan, np.nan)
+        return _of_line(x, means - means.mean() - value * x, value, level)
     rng = np.random.default_rng(seed)
     draws = [
         group[rng.integers(n, size=(resamples, n))].mean(1) - group.mean()
@@ -104,6 +107,15 @@ def exponent(d: ArrayLike, ratio: ArrayLike, level: float = 0.95, resamples: int
     widened = stats.t.ppf(tail[1], (counts - 1).sum()) / stats.norm.ppf(tail[1])
     low, high = value + widened * np.quantile((weights * np.sqrt(counts / (counts - 1))) @ np.stack(draws), tail)
     return Interval(value, float(low), float(high))
+
+
+def _of_line(x: np.ndarray, residuals: np.ndarray, slope: float, level: float) -> Interval:
+    degrees = len(x) - 2
+    if degrees < 1:
+        return Interval(slope, np.nan, np.nan)
+    error = np.sqrt(residuals @ residuals / degrees / (x @ x))
+    half = float(stats.t.ppf((1 + level) / 2, degrees) * error)
+    return Interval(slope, slope - half, slope + half)
 
 
 def exponents(compared: pd.DataFrame, column: str) -> pd.DataFrame:
