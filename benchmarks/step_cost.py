@@ -130,9 +130,10 @@ def ours(estimator: GradientEstimator, optimizer: Callable[..., torch.optim.Opti
     """An estimator in the place of ``loss.backward()``."""
     net, images, labels = task
     stepped, state = optimizer(net.parameters()), estimator.init(net)
+    reduction = "none" if estimator.needs_example_losses else "mean"
 
     def step(index: int) -> None:
-        estimator.backward(lambda: F.cross_entropy(net(images), labels, reduction="none"), net, index, state)
+        estimator.backward(lambda: F.cross_entropy(net(images), labels, reduction=reduction), net, index, state)
         stepped.step()
         stepped.zero_grad()
 

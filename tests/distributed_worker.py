@@ -53,6 +53,8 @@ def estimator(name: str, split: str, samples: int = SAMPLES) -> zo.GradientEstim
     shared = zo.Distributed(split, check_every=50)  # type: ignore[arg-type]
     if name == "ForwardGradient":
         return zo.ForwardGradient(samples=samples, seed=3, distributed=shared)
+    if name == "DirectFeedbackAlignment":
+        return zo.DirectFeedbackAlignment(seed=3, distributed=shared)
     if name == "PerExample":
         return zo.PerExample(samples=samples, seed=3, distributed=shared)
     stencil = zo.ForwardDifference() if name == "forward" else zo.CentralDifference()
@@ -109,6 +111,7 @@ def estimates(rank: int) -> dict[str, Tensor]:
     """One estimate of every kind, each rank with the part of the batch that the split gives it."""
     join()
     kinds = [("ForwardGradient", split, q) for split, q in SPLITS] + [("PerExample", split, q) for split, q in SPLITS]
+    kinds += [("DirectFeedbackAlignment", split, 1) for split in ("data", "directions", "both")]
     unseeded = zo.ForwardGradient(samples=2, distributed=zo.Distributed("both"))
     return {"unseeded": one_estimate(unseeded, part("both", rank), seed=3)} | {
         f"{name} {split} {q}": one_estimate(estimator(name, split, q), part(split, rank)) for name, split, q in kinds

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, query_efficiency, scaling, step_cost
+from benchmarks import gpu, scaling, step_cost
 
 
 @pytest.mark.parametrize("part", gpu.PARTS)
@@ -66,22 +66,3 @@ def test_scaling_measures_and_draws(tmp_path: Path) -> None:
     points: scaling.Points = {name: [(1, 2.0), (10, 3.0)] for name in scaling.MEMORY}
     scaling.draw(dict.fromkeys(("weights", "memory", "directions", "images"), points), tmp_path / "a" / "cost.png")
     assert (tmp_path / "a" / "cost.png").stat().st_size > 10_000
-
-
-def test_one_budget_has_no_axis_and_several_share_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nets = (("digits", 1.0, (10, 100)), ("mnist-1k", 3.0, (10, 100)), ("mnist-169k", 9.0, (10,)))
-    known = {
-        (net, method, budget, seed): query_efficiency.Outcome(0.5 + seed / 100, 1e9 * budget * scale, None)
-        for net, scale, budgets in nets
-        for method in ("backpropagation", "PerExample")
-        for budget in budgets
-        for seed in (1, 2)
-    }
-    drawn = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
-    query_efficiency.draw(known, tmp_path / "figure.png")
-    digits, small, large, _ = drawn[0].axes
-    assert digits.get_xscale() == small.get_xscale() == "log" and digits.get_xlim() == small.get_xlim()
-    assert large.get_xscale() == "linear"
-    assert [text.get_text() for text in large.get_xticklabels()] == ["90 G", "90 G"]  # a place for each method
-    assert len({axes.get_ylim() for axes in (digits, small, large)}) == 1

@@ -3,8 +3,9 @@ import torch
 
 from zo_lightning import counter
 from zo_lightning.centred import Centred
-from zo_lightning.directions import Coordinate, Directions, Gaussian, Rademacher, Sphere, Vector
+from zo_lightning.directions import Coordinate, Directions, Gaussian, Rademacher, Sphere
 from zo_lightning.low_rank import LowRank
+from zo_lightning.vectors import Vector
 
 
 def test_sphere_has_norm_root_d() -> None:

@@ -78,6 +78,14 @@ def test_estimates_along_directions_are_the_mean_over_ranks(
     assert float((found - expected).norm()) < 1e-5 * float(expected.norm())
 
 
+@pytest.mark.parametrize("split", ["data", "directions", "both"])
+def test_estimates_without_directions_are_the_mean_over_ranks(estimates: dict[str, Tensor], split: str) -> None:
+    estimator = worker.estimator("DirectFeedbackAlignment", split)
+    parts = [worker.one_estimate(estimator, worker.part(split, rank)) for rank in range(2)]
+    found = estimates[f"DirectFeedbackAlignment {split} 1"]
+    assert torch.allclose(found, (parts[0] + parts[1]) / 2, atol=1e-6)
+
+
 def test_without_a_seed_directions_are_those_of_pytorchs(estimates: dict[str, Tensor]) -> None:
     """Those that are probed and those that the update draws, though probes set PyTorch's seed between."""
     assert torch.equal(estimates["unseeded"], estimates["ForwardGradient both 2"])

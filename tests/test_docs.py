@@ -65,7 +65,7 @@ def of_study(patched: pytest.MonkeyPatch) -> dict[str, Any]:
     rows = [
         {
             "method": method,
-            "net": f"{d}",
+            "task": f"{d}",
             "d": d,
             "seed": seed,
             "epoch": 50,

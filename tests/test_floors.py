@@ -8,10 +8,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "zo_lightning"
 
 # A module or subpackage imports from lower floors and from itself; nothing else of its own floor.
 FLOORS = {
-    "counter": -1,
+    "counter": -2,
     "noise": -1,
     "user_errors": -1,
-    "counter_kernels": -2,
+    "counter_kernels": -3,
+    "vectors": -1,
     "directions": 0,
     "centred": 1,
     "low_rank": 1,

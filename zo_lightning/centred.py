@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from zo_lightning.directions import Direction, Directions, Independent, Rademacher, Vector
+from zo_lightning.directions import Direction, Directions, Independent, Rademacher
+from zo_lightning.vectors import Vector
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,16 @@ distribution, and no formula outside this file mentions the dimension ``d``.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import Self
+from torch import Tensor
 
-from zo_lightning.counter import ALIGNMENT, Stream, draw_normals, draw_signs
+from zo_lightning.counter import Stream, draw_normals, draw_signs
+from zo_lightning.vectors import Vector, starts
 
 _FOLD = 1024  # numbers whose squares are summed at once
 
@@ -64,84 +63,6 @@ class Directions(ABC):
         return None
 
 
-class Vector(list[Tensor]):
-    """A tensor for each of some weights, or a stack of such; where these are alike, one operation serves all.
-
-    Attributes:
-        flat: [..., numbers], what the tensors are parts of, each from a multiple of ``ALIGNMENT`` on; None where the
-            weights are not all contiguous and of one real dtype on one device.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor], flat: Tensor | None = None) -> None:
-        super().__init__(tensors)
-        self.flat = flat
-
-    @classmethod
-    def like(cls, weights: Sequence[Tensor]) -> Self:
-        """New tensors like some weights."""
-        if not _are_alike(weights):
-            return cls(map(torch.empty_like, weights))
-        starts = _starts(w.numel() for w in weights)
-        flat = weights[0].new_empty(starts[-1])
-        parts = (flat.as_strided(w.shape, w.stride(), k) for w, k in zip(weights, starts, strict=False))
-        # Some of PyTorch's functions round a view of a view otherwise than a view of a weight: detached, none is one.
-        return cls([part.detach() for part in parts], flat)
-
-    @classmethod
-    def stack(cls, weights: Sequence[Tensor], rows: int) -> Self:
-        """New tensors [rows, ...] like some weights."""
-        if not _are_alike(weights):
-            return cls(w.new_empty((rows, *w.shape)) for w in weights)
-        starts = _starts(w.numel() for w in weights)
-        flat = weights[0].new_empty(rows, starts[-1])
-        parts = (flat[:, k : k + w.numel()].view(rows, *w.shape) for w, k in zip(weights, starts, strict=False))
-        return cls(parts, flat)
-
-    def rows(self, of: slice) -> Self:
-        """Some rows of a stack."""
-        return type(self)([t[of] for t in self], None if self.flat is None else self.flat[of])
-
-    def unstack(self) -> list[Self]:
-        """The rows of a stack."""
-        rows = zip(*(t.unbind() for t in self), strict=True)
-        flat = [None] * len(self[0]) if self.flat is None else self.flat.unbind()
-        return [type(self)(row, one) for row, one in zip(rows, flat, strict=True)]
-
-    def copy_(self, other: "Vector") -> Self:
-        """Take the numbers of another vector of the same weights."""
-        for mine, its in zip(self, other, strict=True):
-            mine.copy_(its)
-        return self
-
-    def mul_(self, factor: float) -> Self:
-        """Multiply all numbers in place."""
-        if self.flat is None:
-            torch._foreach_mul_(self, factor)
-        else:
-            self.flat.mul_(factor)
-        return self
-
-    def add_(self, other: "Vector", alpha: float) -> None:
-        """Add ``alpha`` times another vector of the same weights."""
-        if self.flat is None or other.flat is None:
-            torch._foreach_add_(self, other, alpha=alpha)
-        else:
-            self.flat.add_(other.flat, alpha=alpha)
-
-
-def _are_alike(weights: Sequence[Tensor]) -> bool:
-    kinds = {(type(w), w.dtype, w.device, w.is_contiguous()) for w in weights}
-    if len(kinds) != 1:
-        return False
-    kind, dtype, _, contiguous = kinds.pop()
-    return contiguous and not dtype.is_complex and kind in (Tensor, nn.Parameter)
-
-
-def _starts(sizes: Iterable[int]) -> list[int]:
-    """Where tensors of some sizes start in a stream, and where the last one ends."""
-    return list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
-
-
 class Direction:
     """One direction ``u``: a tensor for each weight, drawn as often as it is asked for, each time the same.
 
@@ -174,7 +95,7 @@ class Direction:
     @cached_property
     def starts(self) -> list[int]:
         """Where the numbers of each tensor start in the stream."""
-        return _starts(map(self.distribution._numbers, self.weights))
+        return starts(map(self.distribution._numbers, self.weights))
 
     @cached_property
     def _scale(self) -> float | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zo_lightning.black_box import BlackBoxLoss
-from zo_lightning.directions import Direction, Vector, hold_all
+from zo_lightning.directions import Direction, hold_all
 from zo_lightning.low_rank import LowRank
 from zo_lightning.objective import Objective, check_loss
 from zo_lightning.perturbed.many import Displaced, losses_at
@@ -129,7 +129,7 @@ class Batched(Evaluation):
             losses = [*known[: rows.start], *losses]
             for index, direction in enumerate(chunk):
                 if begin == index == 0 and direction.held is not None:  # which becomes the estimate
-                    direction.held = Vector.like(weights).copy_(direction.held)
+                    direction.held = state.scratch("estimate", weights).copy_(direction.held)
                 along = Told([*([] if is_central else known), *losses[index :: len(chunk)]])
                 yield from along.probes(objective, weights, [direction], stencil, state)
 

@@ -2,6 +2,9 @@
 
 import ctypes
 import random
+import struct
+import sys
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -71,6 +74,50 @@ class NumPyState:
         return memory is not None and self._words is not None and not self._state["has_gauss"]
 
 
+class PythonState:
+    """The state of Python's global generator, to be put back later, by its memory as that of NumPy's is.
+
+    Python's own functions make an object of each of its 625 numbers, in memory that a forward pass has emptied of them.
+    """
+
+    _latest: ClassVar["PythonState | None"] = None
+
+    def __init__(self) -> None:
+        memory = _python_memory()
+        self._words = None if memory is None else memory.raw
+        self._state = random.getstate()
+
+    @classmethod
+    def now(cls) -> "PythonState":
+        """The present state; the object saved last, where that is it."""
+        latest, memory = cls._latest, _python_memory()
+        if latest is None or memory is None or latest._words != memory.raw or latest._state[2] != _PYTHON.gauss_next:
+            latest = cls._latest = cls()
+        return latest
+
+    def restore(self) -> None:
+        """Put it back."""
+        memory = _python_memory()
+        if memory is None or self._words is None:
+            random.setstate(self._state)
+        else:
+            memory.raw, _PYTHON.gauss_next = self._words, self._state[2]
+
+
+_PYTHON: Any = random.getstate.__self__  # type: ignore[attr-defined]
+"""Python's global generator."""
+
+
+@lru_cache
+def _python_memory() -> Any:
+    """The memory of Python's global generator, or None where it does not lie as CPython lays it: place, then key."""
+    _, (*key, place), _ = random.getstate()
+    laid = struct.pack(f"=i{len(key)}I", place, *key)
+    room = type(_PYTHON).__basicsize__ if sys.implementation.name == "cpython" else 0
+    begin = ctypes.string_at(id(_PYTHON), room).find(laid)
+    return None if begin < 0 else (ctypes.c_char * len(laid)).from_address(id(_PYTHON) + begin)
+
+
 def _memory() -> Any:
     """The memory of NumPy's global generator, or None where it is no Mersenne twister."""
     generator = np.random.mtrand.get_bit_generator()
@@ -84,13 +131,13 @@ class GlobalState:
 
     def __init__(self, generators: list[torch.Generator]) -> None:
         self._torch = [(generator, generator.get_state()) for generator in generators]
-        self._python, self._numpy = random.getstate(), NumPyState.now()
+        self._python, self._numpy = PythonState.now(), NumPyState.now()
 
     def restore(self) -> None:
         """Put it back."""
         for generator, state in self._torch:
             generator.set_state(state)
-        random.setstate(self._python)
+        self._python.restore()
         self._numpy.restore()
 
 

@@ -24,7 +24,7 @@ OF_LIGHTNING = {
 }
 OTHERS = {
     "tune": "find mu and the learning rate for what fit would train, by measuring both",
-    "study": "train a grid of methods, nets and seeds, and go on where it was stopped",
+    "study": "train a grid of methods, tasks and seeds, and go on where it was stopped",
     "report": "figures, tables and one page from a study's runs",
     "replay": "rebuild the weights of any step of a run from its log, without data or forward passes",
     "export": "write a run's start and log as one file, to send to a colleague",

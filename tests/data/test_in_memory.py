@@ -60,12 +60,20 @@ def test_no_validation_set_means_training_on_all_and_validating_on_the_test_set(
     assert all_labels(data.val_dataloader()) == list(range(40, 60))
 
 
+def test_validation_set_may_be_a_share_of_the_training_set() -> None:
+    data, counted = ready(val_size=0.1), ready(val_size=4)
+    assert all_labels(data.val_dataloader()) == all_labels(counted.val_dataloader())
+    assert len(all_labels(data.train_dataloader())) == 36
+    assert len(all_labels(ready(val_size=0.001).val_dataloader())) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
         ({"batch_size": 2.5}, "batch_size=2.5 must be a whole number"),
         ({"val_size": -1}, "val_size=-1 must be a whole number of at least 0"),
+        ({"val_size": 1.5}, "val_size=1.5 must be a whole number of at least 0"),
         ({"val_size": 40}, "val_size=40 must be below the number of training images, 40"),
         ({"seed": -3}, "seed=-3 must be a whole number of at least 0"),
     ],

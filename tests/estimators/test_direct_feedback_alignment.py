@@ -152,6 +152,23 @@ def test_matrices_never_change_and_the_seed_decides_them() -> None:
     assert torch.equal(first["2.weight"], other["2.weight"]), "the last layer's gradient is exact"
 
 
+def test_a_resumed_run_has_the_same_matrices() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, CLASSES))
+    x, estimator = torch.randn(BATCH, 5), zo.DirectFeedbackAlignment(seed=5)
+    state = estimator.init(net)
+    estimator.backward(lambda: F.cross_entropy(net(x), Y), net, 0, state)
+    resumed = estimator.init(net)
+    resumed.load_state_dict(state.state_dict())
+    gradients = []
+    for one in (state, resumed):
+        net.zero_grad()
+        estimator.backward(lambda: F.cross_entropy(net(x), Y), net, 1, one)
+        gradients.append([p.grad for p in net.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert a is not None and b is not None and torch.equal(a, b)
+
+
 def test_entries_have_variance_one_by_the_number_of_outputs() -> None:
     b = FeedbackMaps().of(1, (10, 1000), torch.empty(0))
     # The variance of 10,000 normal numbers has a relative standard deviation of √(2 / 10,000) = 0.014.

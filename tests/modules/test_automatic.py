@@ -17,6 +17,7 @@ from tests.modules.ways import WAYS, Net, batches, driver, fitted, made, trainer
 from zo_lightning import (
     Backprop,
     CentralDifference,
+    DirectFeedbackAlignment,
     EstimatedGradient,
     ForwardGradient,
     GradientFree,
@@ -190,7 +191,12 @@ class Smooth(Net):
 
 @pytest.mark.parametrize(
     "estimator",
-    [Backprop(), ZerothOrder(stencil=CentralDifference(1e-4), samples=2, seed=0), ForwardGradient(seed=0)],
+    [
+        Backprop(),
+        DirectFeedbackAlignment(seed=0),
+        ZerothOrder(stencil=CentralDifference(1e-4), samples=2, seed=0),
+        ForwardGradient(seed=0),
+    ],
     ids=lambda e: type(e).__name__,
 )
 @every_way

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,44 @@ def test_memory_is_kept_until_the_weights_change() -> None:
     assert not any(a is b for a in first for b in state.scratch("direction", Weights.of(net)))
     net.double()
     assert [t.dtype for t in state.scratch("points", Weights.of(net))] == [torch.float64] * 2
+
+
+def test_an_estimate_stays_as_it_is_while_somebody_holds_it() -> None:
+    """Its memory is that of the next one only where nothing is left of it."""
+    net, state, places = nn.Linear(3, 2), State(), []
+    estimator, kept = ZerothOrder(seed=0), []
+    for step in range(6):
+        estimator.backward(lambda: net(torch.ones(1, 3)).sum(), net, step, state)
+        gradient = net.weight.grad
+        assert gradient is not None
+        places.append(gradient.data_ptr())
+        if step in (2, 3):
+            kept.append((gradient[0], gradient[0].clone()))
+        del gradient
+        net.zero_grad()
+    assert places[0] == places[1] == places[2]
+    assert len({*places[2:5]}) == 3
+    assert all(torch.equal(row, before) for row, before in kept)
+
+
+def test_gradients_that_add_up_do_so_in_memory_of_their_own() -> None:
+    net, state = nn.Linear(3, 2), State()
+    estimator = ZerothOrder(seed=0)
+    sums = [torch.zeros_like(p) for p in net.parameters()]
+    for step in range(4):
+        objective = Objective(lambda: net(torch.ones(1, 3)).sum(), net)
+        for total, (_, gradient) in zip(sums, estimator.estimate(objective, net, step, State()).gradients, strict=True):
+            total += gradient
+        estimator.backward(objective, net, step, state)
+    assert all(torch.equal(p.grad, total) for p, total in zip(net.parameters(), sums, strict=True))  # type: ignore[arg-type]
+
+
+def test_a_copy_of_the_state_has_memory_of_its_own() -> None:
+    net, state = nn.Linear(3, 2), State()
+    ZerothOrder(seed=0).backward(lambda: net(torch.ones(1, 3)).sum(), net, 0, state)
+    other = deepcopy(state)
+    assert other.visible == state.visible
+    assert other.scratch("points", Weights.of(net))[0] is not state.scratch("points", Weights.of(net))[0]
 
 
 def test_a_loss_that_writes_into_weights_changes_none_at_any_offset() -> None:

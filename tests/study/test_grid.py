@@ -123,3 +123,59 @@ def test_names_that_no_figure_or_folder_can_bear(tmp_path: Path, name: str) -> N
     (tmp_path / "named.yaml").write_text(yaml.safe_dump(text))
     with pytest.raises(UserError, match="cannot stand in a figure: take at most 80 characters, and no '\\$'"):
         read_study(tmp_path / "named.yaml")
+
+
+TASKS = """
+common: {trainer: {max_steps: 3}}
+methods:
+  FO: {model: {estimator: Backprop}, learning_rates: [1e-3, 1e-2]}
+  ZO: {data: {init_args: {batch_size: 32}}, by_task: {b: {model: {memory: lean}}}, learning_rates: [1, 2]}
+tasks: {a: {base: base.yaml, model: {net: SmallCNN}}, b: {data: {class_path: Digits}}}
+nets: {ScalableCNN: 0.5}
+budgets: [10, 20]
+trials: {budget: 10, seed: 0}
+seeds: [1, 2]
+"""
+
+
+def test_tasks_and_budgets_are_axes(declared: Path) -> None:
+    (declared.parent / "tasks.yaml").write_text(TASKS)
+    study = read_study(declared.parent / "tasks.yaml")
+    assert study.snapshots is None
+    cells = {str(cell.folder): cell for cell in study.cells()}
+    assert len(cells) == 2 * 3 * 2 * 2
+    assert cells["ZO/b/budget_20/seed_2"].budget == 20
+    assert list(cells["ZO/a/budget_10/seed_1"].overlays[1:]) == [
+        {"data": {"class_path": "Digits"}},  # the task's base
+        {"model": {"net": "SmallCNN"}},
+        {"data": {"init_args": {"batch_size": 32}}},
+    ]
+    assert cells["ZO/b/budget_10/seed_1"].overlays[-1] == {"model": {"memory": "lean"}}
+    assert "ZO/ScalableCNN_0.5/budget_10/seed_1" in cells
+    trials = study.trial_cells()
+    assert len(trials) == 2 * 3 * 2
+    assert {(cell.seed, cell.budget, cell.held_out) for cell in trials} == {(0, 10, 0.1)}
+    assert str(trials[0].folder) == "_trials/FO/ScalableCNN_0.5/lr_0.001"
+    copy = Study.from_declaration(yaml.safe_load(yaml.safe_dump(study.declaration())))
+    assert copy.cells() == study.cells() and copy.trial_cells() == trials
+
+
+BAD_CHOICES = {
+    "budgets: [10, 20]": ("budgets: [0]", "budgets must be a list of whole numbers of at least 1, got 0"),
+    "seed: 0": ("seed: 2", "trials.seed 2 is one of the study's seeds"),
+    "trials: {budget: 10, seed: 0}": ("", "methods.FO.learning_rates need 'trials', which say how to choose"),
+    "{budget: 10, seed: 0}": ("{budget: 10}", "trials: 'seed' is missing"),
+    "budget: 10": ("val_size: 1, budget: 10", "val_size must be a share of the training data between 0 and 1, got 1"),
+    "[1e-3, 1e-2]": ("[1e-3]", "as many learning_rates as the others, got FO 1, ZO 2"),
+    "[1, 2]}\ntasks": ("[1, -2]}\ntasks", "methods.ZO.learning_rates: each must be above 0, got -2"),
+    "{b: {model": ("{c: {model", "methods.ZO.by_task: 'c' is none of the tasks ScalableCNN 0.5, a, b"),
+    "nets: {ScalableCNN: 0.5}": ("nets: {a: null}", "tasks.a: a net has this name already"),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), BAD_CHOICES.items(), ids=[message for _, message in BAD_CHOICES.values()])
+def test_bad_budgets_and_trials_are_refused_by_name(declared: Path, old: str, new: tuple[str, str]) -> None:
+    assert old in TASKS
+    (declared.parent / "bad.yaml").write_text(TASKS.replace(old, new[0], 1))
+    with pytest.raises(UserError, match=new[1]):
+        read_study(declared.parent / "bad.yaml")

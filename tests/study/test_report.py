@@ -207,7 +207,7 @@ def test_a_received_folder_is_data_and_no_code(finished: Path, tmp_path: Path, m
     (tmp_path / "received.py").write_text(f"from pathlib import Path\nPath('{tmp_path / 'ran'}').touch()\n")
     for config in study.rglob("config.yaml"):
         text = yaml.safe_load(config.read_text())
-        text["model"]["task"] = text["trainer"]["callbacks"] = {"class_path": "received.Thing"}
+        text["model"]["net"] = text["trainer"]["callbacks"] = {"class_path": "received.Thing"}
         config.write_text(yaml.safe_dump(text))
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(study)]) == 0

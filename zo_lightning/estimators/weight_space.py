@@ -9,12 +9,13 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.directions import Coordinate, Direction, Directions, Vector
+from zo_lightning.directions import Coordinate, Direction, Directions
 from zo_lightning.distributed import Distributed, Probed, world_size
 from zo_lightning.estimators.base import Estimate, GradientEstimator, resolve_seed
 from zo_lightning.objective import NonFiniteLoss, Objective
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import Weights
+from zo_lightning.vectors import Vector
 
 Probe = tuple[Direction, float, float]
 """A direction ``uᵢ``, the loss and the slope ``cᵢ`` along it."""
@@ -64,7 +65,7 @@ class WeightSpace(GradientEstimator, ABC):
     ) -> Iterator[Direction]:
         for index in indices:
             direction = self.directions.draw(weights, seed, step, index, weights.still)
-            yield direction if lean else direction.hold(state.scratch("direction", weights) if index else None)
+            yield direction if lean else direction.hold(state.scratch("direction" if index else "estimate", weights))
 
     def estimate_along(
         self,
@@ -142,7 +143,7 @@ def average(weights: Weights, probes: Iterable[Probe], samples: int) -> Estimate
         else:
             gradients.add_(direction.held, alpha=slope / samples)
     loss = torch.full((), total / samples, device=weights[0].device)  # without a wait for a GPU
-    found = zip(weights, gradients, strict=True) if gradients else _one_by_one(weights, lean)
+    found = zip(weights, gradients.lend(), strict=True) if gradients else _one_by_one(weights, lean)
     return Estimate(loss, found, tuple(slopes))
 
 

@@ -26,7 +26,7 @@ class Attributes:
 
     Args:
         modules: from ``keeping``.
-        metrics: among them.
+        metrics: within them.
     """
 
     def __init__(self, modules: list[nn.Module], metrics: list[Metric]) -> None:
@@ -80,20 +80,24 @@ class Attributes:
                     self._keep(one, known)
 
 
-def keeping(module: nn.Module) -> list[nn.Module]:
-    """A module and those within it that may keep something: not PyTorch's own, nor metrics, which have a state."""
+def keeping(module: nn.Module) -> tuple[list[nn.Module], list[Metric]]:
+    """A module and those within it that may keep something: not PyTorch's own, nor metrics, which have a state.
+
+    Returns:
+        Those, and the metrics.
+    """
     modules = [one for _, one in submodules(module)]
-    metrics = {id(inner) for one in modules if isinstance(one, Metric) for inner in one.modules()}
-    return [
+    metrics = [one for one in modules if isinstance(one, Metric)]
+    within = {id(inner) for metric in metrics for inner in metric.modules()}
+    keep = [
         one
         for one in modules
         if one is module
         or not (
-            id(one) in metrics
-            or type(one).__module__.startswith("torch.nn.")
-            or isinstance(one, torch.jit.ScriptModule)
+            id(one) in within or type(one).__module__.startswith("torch.nn.") or isinstance(one, torch.jit.ScriptModule)
         )
     ]
+    return keep, metrics
 
 
 def tensors_kept(modules: list[nn.Module]) -> Iterator[Tensor]:

@@ -134,12 +134,12 @@ class EstimatedGradient(Driven, _Module):
 
     def _underlying_step(self, *args: Any, **kwargs: Any) -> Any:
         """The ``training_step`` that there would be without the mixin; within one, that of the bases."""
-        level, steps = self._level or 0, self._steps
-        self._level = level + 1
+        level, steps, attributes = self._level or 0, self._steps, vars(self)  # a module's own setter is slow
+        attributes["_level"] = level + 1
         try:
             return steps[min(level, len(steps) - 1)](*args, **kwargs)  # the last one may call itself
         finally:
-            self._level = level or None
+            attributes["_level"] = level or None
 
     @property
     def _steps(self) -> list[Callable[..., Any]]:

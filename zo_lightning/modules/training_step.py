@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from zo_lightning.distributed import finite_everywhere
 from zo_lightning.modules.attributes import Attributes, keeping, tensors_kept
 from zo_lightning.objective import Objective
-from zo_lightning.parameters import submodules
 
 
 def logs_now(module: Any) -> bool:
@@ -51,7 +49,7 @@ class TrainingStep(Objective):
     def __init__(
         self, training_step: Callable[..., Any], module: LightningModule, /, *args: Any, **kwargs: Any
     ) -> None:
-        self._keeping = keeping(module)
+        self._keeping, self._metrics = keeping(module)
         super().__init__(self._loss, module, inputs=[*_tensors((args, kwargs)), *tensors_kept(self._keeping)])
         self.training_step, self.args, self.kwargs = training_step, args, kwargs
         self.output: Any = None
@@ -68,14 +66,16 @@ class TrainingStep(Objective):
 
     def _run(self) -> Any:
         if self._start is not None:
-            after = Attributes(self._keeping, self._start.changed())
-            self._start.restore()
+            after = self._start
+            if self._start.differs():
+                after = Attributes(self._keeping, self._start.changed())
+                self._start.restore()
             try:
                 with _silent(self.module):
                     return self._ask()
             finally:
                 after.restore()
-        self._start = Attributes(self._keeping, [m for _, m in submodules(self.module) if isinstance(m, Metric)])
+        self._start = Attributes(self._keeping, self._metrics)
         try:
             self.output = self._ask()
         except BaseException:

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zo_lightning.directions import Direction, Vector
+from zo_lightning.directions import Direction
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.weights import DisplacedWeights, ExchangedWeights, Points, Recent, Value, Weights
+from zo_lightning.vectors import Vector
 
 T = TypeVar("T")
 
@@ -30,7 +31,11 @@ class State:
         self.visible: dict[str, bool] = {}
         self.chunk_size: int | None = None
         self._shown: list[str] = []  # names of the weights, once a pass has shown that nothing has to be watched
-        self._scratch: dict[str, tuple[Vector, int | None, list[Any]]] = {}
+        self._scratch: dict[str, list[tuple[Vector, int | None, list[Any]]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has memory of its own."""
+        return {**vars(self), "_scratch": {}}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how a run goes on, as plain containers and tensors."""
@@ -109,15 +114,18 @@ class State:
         return Points(points)
 
     def scratch(self, name: str, weights: Weights, rows: int | None = None) -> Vector:
-        """Tensors like the weights, or [rows, ...], whose memory is kept from one step to the next.
+        """Tensors like the weights, or [rows, ...], whose memory is kept from one step to the next, unless it is lent.
 
         Memory that is given back and asked for again comes as new pages, each at the price of a page fault: on a net of
-        2.8 million weights those took longer than the arithmetic of the whole step.
+        2.8 million weights those took longer than the arithmetic of the whole step. While ``.grad`` still holds the
+        latest estimate, a second piece serves the next one.
         """
-        kept, *like = self._scratch.get(name, (None, None, None))
-        if kept is None or like != [rows, weights.kinds]:
-            kept = Vector.like(weights) if rows is None else Vector.stack(weights, rows)
-            self._scratch[name] = kept, rows, weights.kinds
+        known = [one for one in self._scratch.get(name, ()) if one[1] == rows and one[2] == weights.kinds]
+        for kept, *_ in known:
+            if kept.is_free:
+                return kept
+        kept = Vector.like(weights) if rows is None else Vector.stack(weights, rows)
+        self._scratch[name] = [*known[-1:], (kept, rows, weights.kinds)]
         return kept
 
 

@@ -58,7 +58,7 @@ class Weights(Sequence[nn.Parameter]):
                     names.append(f"{prefix}.{name}" if prefix else name)
                     params.append(p)
                 owners[id(p)] = owners.get(id(p), 0) + 1
-            if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+            if isinstance(owner, _EMBEDDINGS):
                 if owner.padding_idx is not None:
                     padded.append((id(owner.weight), owner.padding_idx))
             elif _is_opaque(owner):
@@ -86,6 +86,9 @@ class Weights(Sequence[nn.Parameter]):
 
     def __iter__(self) -> Iterator[nn.Parameter]:
         return iter(self.params)
+
+
+_EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 
 
 def _is_opaque(module: nn.Module) -> bool:

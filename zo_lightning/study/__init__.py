@@ -1,1 +1,1 @@
-"""A study: a grid of methods, nets and seeds, run, measured, drawn and reported."""
+"""A study: a grid of methods, tasks, budgets and seeds, run, measured, drawn and reported."""

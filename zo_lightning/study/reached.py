@@ -65,6 +65,9 @@ def choose_rates(study: Study, folder: Path) -> dict[tuple[str, str], float]:
 
     That is the one with the highest accuracy on what was held out, of equal ones that with the lowest loss; without
     accuracies, the lowest loss. A trial that diverged is worse than all others.
+
+    Raises:
+        UserError: what a trial has written is damaged.
     """
     trials: dict[tuple[str, str], list[Cell]] = {}
     for cell in study.trial_cells():
@@ -72,10 +75,17 @@ def choose_rates(study: Study, folder: Path) -> dict[tuple[str, str], float]:
     chosen = {}
     for key, cells in trials.items():
         if all(is_finished(folder, cell) for cell in cells):
-            ranked = sorted((_rank(read_reached(folder / cell.folder)), cell.lr) for cell in cells)
-            if isfinite(ranked[0][0][1]) and ranked[0][1] is not None:
-                chosen[key] = ranked[0][1]
+            (_, loss), best = min((_rank(_read(folder / cell.folder)), cell.lr) for cell in cells)
+            if isfinite(loss) and best is not None:
+                chosen[key] = best
     return chosen
+
+
+def _read(run: Path) -> dict[str, Any]:
+    try:
+        return read_reached(run)
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        raise UserError(f"'{run / FINISHED}' is damaged: remove it, and the trial is run again") from error
 
 
 def _rank(reached: dict[str, Any]) -> tuple[float, float]:

@@ -12,7 +12,6 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchmetrics import Metric
 
 from zo_lightning.modules.attributes import Attributes, keeping, tensors_kept
 from zo_lightning.parameters import submodules
@@ -39,8 +38,8 @@ class AsFound:
 
     def __init__(self, module: nn.Module, *others: Any) -> None:
         modules = [one for _, one in submodules(module)]
-        own = keeping(module)
-        self._attributes = Attributes(own, [one for one in modules if isinstance(one, Metric)])
+        own, metrics = keeping(module)
+        self._attributes = Attributes(own, metrics)
         python = [one for one in modules if not isinstance(one, torch.jit.ScriptModule)]
         self._held = [_Held(vars(one)) for one in (*python, *others) if hasattr(one, "__dict__")]
         self._parameters = [(p, p.grad, p.requires_grad) for p in module.parameters()]

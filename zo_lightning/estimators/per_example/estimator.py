@@ -84,6 +84,9 @@ class PerExample(GradientEstimator):
             on the weights of normalisations and their like, else per layer where fewer dimensions are perturbed.
         layers: exceptions to ``space``, by patterns of the names of layers' first weights, such as
             ``{"conv*": "weights"}``.
+        patch: side of the patches of a convolution's output that share their noise, at most a quarter of its length. A
+            deep net on large images has too many outputs for each to have noise of its own: fewer are learned sooner.
+            Above 1 what is found is the mean gradient of a patch, and ``correction=1`` is biased by what that blurs.
         feedback: rate ``ρ`` in [0, 2) at which ``h`` learns; 0 leaves it out.
         correction: ``λ`` in [0, 1] for all layers, or ``"auto"``.
         loss_gradient: ``"auto"`` as above, or ``"values"``: never autograd.
@@ -100,6 +103,7 @@ class PerExample(GradientEstimator):
     samples: int = 1
     space: Space = "auto"
     layers: Mapping[str, Space] = field(default_factory=dict)
+    patch: int = 1
     feedback: float = 0.3
     correction: float | Literal["auto"] = "auto"
     loss_gradient: Literal["auto", "values"] = "auto"
@@ -114,6 +118,8 @@ class PerExample(GradientEstimator):
         for space in (self.space, *self.layers.values()):
             if space not in _SPACES:
                 raise ValueError(f"space must be one of {', '.join(_SPACES)}, got {space!r}")
+        if self.patch < 1:
+            raise ValueError(f"patch must be at least 1, got {self.patch}")
         if not 0 <= self.feedback < 2:
             raise ValueError(f"feedback must be in [0, 2), got {self.feedback}")
         if self.correction != "auto" and not (isinstance(self.correction, int | float) and 0 <= self.correction <= 1):
@@ -194,7 +200,7 @@ class PerExample(GradientEstimator):
     ) -> None:
         """See how the net uses its weights, in one undisturbed pass or a few more."""
         space = matching(self.layers, self.space)
-        Look(objective, module, weights, seed, space, bool(self.feedback)).take(state)
+        Look(objective, module, weights, seed, space, bool(self.feedback), self.patch).take(state)
 
     def _sample(
         self,

@@ -1,8 +1,9 @@
 """One undisturbed pass, to see how a net uses its weights: which of them can have noise for each example, and where."""
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -16,6 +17,7 @@ from zo_lightning.estimators.per_example.state import Layer, PerExampleState
 from zo_lightning.objective import Objective
 from zo_lightning.perturbed.affine import BatchNormalization
 from zo_lightning.perturbed.gates import Gate
+from zo_lightning.perturbed.layers import Convolution
 from zo_lightning.perturbed.layouts import FIRST, Layout, layouts_of
 from zo_lightning.perturbed.outputs import DisplacedOutputs, Use
 from zo_lightning.perturbed.rules import count
@@ -41,6 +43,7 @@ class Look:
         seed: of displacements.
         space: from a layer's name to ``"auto"``, ``"activations"`` or ``"weights"``.
         feedback: whether the net's output is looked for.
+        patch: side of the patches of a convolution's output that share their noise.
     """
 
     objective: Objective
@@ -49,6 +52,7 @@ class Look:
     seed: int
     space: Callable[[str], str]
     feedback: bool
+    patch: int = 1
 
     def take(self, state: PerExampleState) -> None:
         """Add what one pass shows to a state, which may know some uses already."""
@@ -208,8 +212,11 @@ class Look:
         gated = reader if isinstance(reader, Use) and isinstance(reader.operation, BatchNormalization) else use
         gate = Gate() if gated.tracked is None else gated.tracked.gate()
         visible = 1.0 if gated.tracked is None else max(gated.tracked.visible() / examples, 1.0)
-        dims = float(count(one.weights)) if chosen == "weights" else visible
-        return Layer(chosen == "weights", dims, layout, joined, gate.rectified, gate.pooled, gated.key)
+        has_patches = chosen == "activations" and isinstance(one, Convolution) and layout == FIRST and not joined
+        patch = self.patch if has_patches else 1
+        layer = Layer(chosen == "weights", visible, layout, joined, gate.rectified, gate.pooled, gated.key, patch)
+        dims = float(count(one.weights)) if layer.in_weights else max(visible / math.prod(layer.sides(use.shape)), 1.0)
+        return replace(layer, dims=dims)
 
 
 class _Search:

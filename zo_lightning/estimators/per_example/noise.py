@@ -1,5 +1,6 @@
 """The noise of one sample, and the gradients that slopes along it tell."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -44,8 +45,7 @@ class OutputNoise:
 
     def _draw(self, use: Use, layer: Layer) -> Tensor:
         if not layer.in_weights:
-            layer.scale = 1.0
-            return self._signs(use.key, [use.output])[0]
+            return self._draw_on_output(use, layer)
         output, layout = use.output, layer.layout
         examples = output.shape[layout.axis]
         sizes = [noise_sizes(w, output.numel() // examples) for w in use.operation.weights]
@@ -55,6 +55,18 @@ class OutputNoise:
         if not layer.scale and (power := float(delta.square().mean())):
             layer.begin(power)
         return delta * layer.scale  # not in place: what bias noise made is one number seen many times
+
+    def _draw_on_output(self, use: Use, layer: Layer) -> Tensor:
+        sides = layer.sides(use.shape)
+        layer.scale = math.sqrt(math.prod(sides))
+        if layer.scale == 1:
+            return self._signs(use.key, [use.output])[0]
+        sizes = use.shape[2:]
+        place = use.output.new_empty(*use.shape[:2], *(-(-n // side) for n, side in zip(sizes, sides, strict=True)))
+        signs = self._signs(use.key, [place])[0]
+        for d, (n, side) in enumerate(zip(sizes, sides, strict=True), 2):
+            signs = signs.repeat_interleave(side, d).narrow(d, 0, n)
+        return signs
 
     def _signs(self, key: str, places: list[Tensor]) -> list[Tensor]:
         return _SIGNS.draw(places, self.seed, self.positions[key], 0).tensors()
@@ -134,7 +146,7 @@ class Seen:
             scaled = slope / max(self.layer.scale, 1e-30)
             return [weigh(n, scaled.to(n[0].dtype), w).to(w.dtype) for n, w in pairs]
         assert self.delta is not None
-        return self.delta * slope.to(self.delta.dtype).unsqueeze(1)
+        return self.delta * (slope / self.layer.scale**2).to(self.delta.dtype).unsqueeze(1)
 
     def by_weights(self, correction: Correction) -> list[Tensor]:
         """A correction as one of the weights."""

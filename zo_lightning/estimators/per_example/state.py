@@ -24,6 +24,7 @@ class Layer:
         rectified: whether a ReLU hides its output.
         pooled: whether a max-pooling does.
         normalized_by: key of the batch normalisation that alone reads its output, or its own key.
+        patch: side of the patches of its output that share their noise, at most a quarter of each length.
         scale: ``s`` of its noise, which gives its output a displacement of mean square 1; 0 until that is known.
     """
 
@@ -34,6 +35,7 @@ class Layer:
     rectified: bool
     pooled: bool
     normalized_by: str
+    patch: int = 1
     scale: float = 0.0
 
     @property
@@ -44,6 +46,10 @@ class Layer:
     def fits(self, shape: Sequence[int], examples: int) -> bool:
         """Whether its output may have some shape."""
         return self.layout.fits(shape, examples) and (self.joined or shape[self.layout.axis] == examples)
+
+    def sides(self, shape: Sequence[int]) -> list[int]:
+        """The lengths of a patch, for an output [B, C, ...] of some shape."""
+        return [max(1, min(self.patch, n // 4)) for n in shape[2:]] if self.patch > 1 else [1]
 
     def begin(self, power: float) -> None:
         """Choose the scale for a displacement whose mean square at scale 1 is ``power``."""
