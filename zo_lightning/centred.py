@@ -18,10 +18,10 @@ class Centred(Directions):
     tend to ``P ∇f``, the centralised gradient (Yong et al., *Gradient centralization*, 2020), in place of ``∇f``.
 
     What flows into a layer behind a ReLU, or as pixels, is not negative: the loss is steepest where all weights of a
-    unit move together, and what little is to be gained there a bias gains too. A step of length ``η`` along
-    ``ĝ = (gᵢᵀu) u`` gains ``η gᵀPg − ½ η² E[(gᵢᵀu)² uᵀHu]``, ``gᵢ`` being an example's gradient and ``H`` the Hessian,
-    so ``½ (gᵀPg)² / (E[gᵢᵀPgᵢ] tr PH)`` at best. Early on, on MNIST, ``P`` keeps nearly all of the factor above and
-    half of each below.
+    unit move together, and what is to be gained there a bias gains too. On MNIST's smallest net these few directions
+    hold more than half of the noise ``E‖gᵢ‖²`` of single examples and of the trace of the curvature ``H``; a training
+    that does not wander along them stays where both are smaller, and an estimate's best step gains
+    ``½ (gᵀPg)² / (E[gᵢᵀPgᵢ] tr PH)`` per example (docs/black_box_results.md).
 
     Args:
         of: the distribution of ``z``; with ``Sphere``, ``‖u‖ = √d`` as ever.
