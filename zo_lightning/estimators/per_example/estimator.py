@@ -258,7 +258,7 @@ class PerExample(GradientEstimator):
             else:
                 layer.predict(state.feedback, error, largest)
         slope = self._difference(losses) / len(losses[0])
-        mean_slope = float(slope.sum())
+        mean_slope = float(slope.sum()) if shared.params else 0.0
         trusts = [self._trust(layer, state) for layer in layers]
         measured = self.correction == "auto" and state.steps % Shrinkage.EVERY == 0
         if measured or any(trusts):

@@ -89,9 +89,10 @@ class Feedback:
             torch.addmm(unexplained, x, maps[key].T, alpha=-1, out=unexplained)
         steps = {key: unexplained.T @ x for key, x in inputs.items()}
         tiny = torch.finfo(response.dtype).tiny
-        alpha = sum(float(torch.linalg.vector_norm(x)) ** 2 for x in inputs.values()) / rows
-        along = sum(float(torch.linalg.vector_norm(step)) ** 2 for step in steps.values())
-        along /= float(torch.linalg.vector_norm(unexplained)) ** 2 + tiny
+        # All read at once: each number read by itself would be a wait for a GPU.
+        norms = [torch.linalg.vector_norm(t) for t in (*inputs.values(), *steps.values(), unexplained)]
+        *squares, left = (norm**2 for norm in torch.stack(norms).tolist())
+        alpha, along = sum(squares[: len(inputs)]) / rows, sum(squares[len(inputs) :]) / (left + tiny)
         size = rate / (alpha + along + tiny)
         for key, step in steps.items():
             if taught is None:
