@@ -21,6 +21,7 @@ _CLAIMS_NOTE = (
     "In brackets: 95 % intervals over seeds, paired by seed, each for itself. "
     "A claim is undecided where its intervals leave more than one answer."
 )
+_NAMED = 12  # missing cells in the summary; the page lists all
 _PUBLISHED_NOTE = " Published: mean of 10 runs, after the same epoch."
 
 
@@ -85,7 +86,9 @@ def markdown(results: Results, claims: list[Claim], table: pd.DataFrame, section
     if results.diverged:
         lines += [_diverged(results), ""]
     if results.missing:
-        lines += ["Missing cells: " + "; ".join(_missing(results)) + ".", ""]
+        named = _missing(results)
+        more = f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        lines += ["Missing cells: " + "; ".join(named[:_NAMED]) + more + ".", ""]
     lines += [*table_lines(table), "", _table_note(results), ""]
     for section in sections:
         lines += section_lines(section)
