@@ -75,6 +75,27 @@ def test_learning_rate_decays_over_the_budget(tmp_path: Path, schedule: Any, fac
     assert rates.seen == pytest.approx([0.01 * factor(step / 5) for step in range(5)])
 
 
+def test_a_step_of_several_batches_is_taken_as_a_whole(tmp_path: Path) -> None:
+    """4 batches of 2 passes are a step of 8, and of 20 passes 4 are left."""
+    budget, rates = PassBudget(20, schedule="linear"), Rates()
+    fit = trainer(tmp_path, budget, rates, accumulate_grad_batches=4)
+    fit.fit(model(ZerothOrder()), Digits(128, 0, 1))
+    assert (budget.spent, fit.global_step) == (16, 2)
+    assert rates.seen == pytest.approx([0.01, 0.01 * (1 - 8 / 20)])
+
+
+def test_what_was_spent_before_there_was_a_budget_is_not_of_it(tmp_path: Path) -> None:
+    net, budget = model(ZerothOrder()), PassBudget(6)
+    before = trainer(tmp_path, max_steps=5)
+    before.fit(net, Digits(128, 0, 1))
+    before.save_checkpoint(tmp_path / "before.ckpt")
+    for path, steps in ((None, 3), (tmp_path / "before.ckpt", 5 + 3)):  # the same module, or the same run
+        budget = PassBudget(6)
+        fit = trainer(tmp_path, budget)
+        fit.fit(net, Digits(128, 0, 1), ckpt_path=path)
+        assert (budget.spent, fit.global_step) == (6, steps)
+
+
 @pytest.mark.parametrize("stopped", [4, 12])  # within an epoch, and at its end
 def test_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, stopped: int) -> None:
     whole, rates = model(), Rates()

@@ -28,7 +28,7 @@ class PassBudget(Callback):
     Methods ask for different numbers of passes per step, on batches of different sizes; at equal budgets they have seen
     equal numbers of examples pass. What a step costs is taken from the estimator's own count, so that nothing has to be
     said about the method: ``spent = Σ passes · examples / batch_size``, where a step of backpropagation counts three
-    passes. Before each step the learning rate is set to ``lr · f(spent / passes)``, with ``f(t) = (1 + cos πt) / 2``
+    passes. Before each step of the optimizer the learning rate is set to ``lr · f(spent / passes)``, with ``f(t) = (1 + cos πt) / 2``
     (cosine; Loshchilov and Hutter 2017) or ``1 − t`` (linear). The run ends before the step that could exceed the
     budget, and takes one step at least. Give the trainer ``max_epochs: -1``; validation may be off.
 
@@ -57,8 +57,9 @@ class PassBudget(Callback):
         self.batch_size = batch_size
         self.schedule = schedule
         self.spent = 0.0
+        self._begun = 0.0  # what was spent where the present step of the optimizer began
         self._largest = 0.0  # of the steps so far
-        self._counted = 0  # forward passes that are in ``spent``
+        self._counted = 0  # of the estimator's forward passes, those that are in ``spent`` or from before this budget
         self._seconds = 0.0  # of earlier parts of the run
         self._since: float | None = None
 
@@ -67,20 +68,14 @@ class PassBudget(Callback):
         """Of training, so far."""
         return self._seconds + (0.0 if self._since is None else perf_counter() - self._since)
 
-    @property
-    def state_key(self) -> str:
-        """One per run."""
-        return type(self).__qualname__
-
     def state_dict(self) -> dict[str, Any]:
         """What was spent so far."""
-        counts = {"spent": self.spent, "largest": self._largest, "counted": self._counted}
-        return {**counts, "seconds": self.seconds}
+        return {"spent": self.spent, "begun": self._begun, "largest": self._largest, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on spending."""
-        self.spent, self._largest, self._counted, self._seconds = (
-            state_dict[name] for name in ("spent", "largest", "counted", "seconds")
+        self.spent, self._begun, self._largest, self._seconds = (
+            state_dict[name] for name in ("spent", "begun", "largest", "seconds")
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,7 +86,9 @@ class PassBudget(Callback):
                 "give PassBudget the schedule 'constant'"
             )
         if trainer.global_step == 0:
-            self.spent, self._largest, self._counted, self._seconds = 0.0, 0.0, 0, 0.0
+            self.spent = self._begun = self._largest = self._seconds = 0.0
+        driver = driver_of(trainer, pl_module)
+        self._counted = 0 if driver is None else driver.forward_passes  # the module may have been trained before
         for group in _groups(trainer):
             group.setdefault("initial_lr", group["lr"])
         self._stop_at_end(trainer)
@@ -101,7 +98,7 @@ class PassBudget(Callback):
         """Set the learning rate."""
         if self.schedule == "constant":
             return
-        factor = _FACTORS[self.schedule](min(1.0, self.spent / self.passes))
+        factor = _FACTORS[self.schedule](min(1.0, self._begun / self.passes))
         for group in _groups(trainer):
             group["lr"] = group["initial_lr"] * factor
 
@@ -112,11 +109,12 @@ class PassBudget(Callback):
         driver = driver_of(trainer, pl_module)
         counted = self._counted + 3 if driver is None else driver.forward_passes
         examples = extract_batch_size(batch) * trainer.world_size
-        cost = (counted - self._counted) * examples / self.batch_size
+        self.spent += (counted - self._counted) * examples / self.batch_size
         self._counted = counted
-        self.spent += cost
-        self._largest = max(self._largest, cost)
-        self._stop_at_end(trainer)
+        if not trainer.fit_loop._should_accumulate():
+            self._largest = max(self._largest, self.spent - self._begun)
+            self._begun = self.spent
+            self._stop_at_end(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock, once a GPU has done all that it was asked for."""
