@@ -19,7 +19,7 @@ class Centred(Directions):
 
     What flows into a layer behind a ReLU, or as pixels, is not negative: the loss is steepest where all weights of a
     unit move together, and what is to be gained there a bias gains too. On MNIST's smallest net these few directions
-    hold more than half of the noise ``E‖gᵢ‖²`` of single examples and of the trace of the curvature ``H``; a training
+    hold about half of the noise ``E‖gᵢ‖²`` of single examples and of the trace of the curvature ``H``; a training
     that does not wander along them stays where both are smaller, and an estimate's best step gains
     ``½ (gᵀPg)² / (E[gᵢᵀPgᵢ] tr PH)`` per example (docs/black_box_results.md).
 
