@@ -56,3 +56,13 @@ def test_lent_tensors_are_the_same_numbers() -> None:
         tensor.fill_(2.0)
         assert lent is not tensor
         assert torch.equal(lent, tensor)
+
+
+def test_what_held_the_memory_at_first_is_not_taken_for_its_owner() -> None:
+    vector = Vector.like([torch.zeros(3)])
+    view = vector[0][:1]
+    kept = vector.lend()
+    del view
+    assert not vector.is_free
+    del kept
+    assert vector.is_free

@@ -15,7 +15,8 @@ class Centred(Directions):
 
     ``u = z − (z 1/n) 1ᵀ`` for an ``m × n`` weight, and ``u = z`` for biases; a convolution counts as the matrix
     ``out × (in · kernel)``. So ``E[u uᵀ] = P``, the projection on weights whose rows keep their sums, and estimates
-    tend to ``P ∇f``, the centralised gradient (Yong et al., *Gradient centralization*, 2020), in place of ``∇f``.
+    tend to ``P ∇f``, the centralised gradient (Yong et al., *Gradient centralization*, 2020), in place of ``∇f``. A row
+    of a single number stays as it is.
 
     What flows into a layer behind a ReLU, or as pixels, is not negative: the loss is steepest where all weights of a
     unit move together, and what is to be gained there a bias gains too. On MNIST's smallest net these few directions
@@ -24,7 +25,7 @@ class Centred(Directions):
     ``½ (gᵀPg)² / (E[gᵢᵀPgᵢ] tr PH)`` per example (docs/black_box_results.md).
 
     Args:
-        of: the distribution of ``z``; with ``Sphere``, ``‖u‖ = √d`` as ever.
+        of: the distribution of ``z``; with ``Sphere``, ``‖u‖ = √d`` as ever, and ``E[u uᵀ] = (d / tr P) P``.
     """
 
     of: Directions = field(default_factory=Rademacher)

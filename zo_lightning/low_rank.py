@@ -64,7 +64,8 @@ class LowRank(Directions):
         if direction.weights[position].ndim < 2:
             direction.stream.normals(place.view(-1), start)
             return
-        numbers = torch.empty(1, self._numbers(direction.weights[position]), device=place.device)
+        dtype = torch.promote_types(place.dtype, torch.float32)
+        numbers = place.new_empty(1, self._numbers(direction.weights[position]), dtype=dtype)
         draw_normals([direction.stream], numbers, start)
         (a,), (b,) = self._pair(numbers, self._shared([direction], numbers, start), place)
         # Products of columns, which are the same in every precision that holds for products of matrices.

@@ -26,7 +26,8 @@ class Vector(list[Tensor]):
     def __init__(self, tensors: Iterable[Tensor], flat: Tensor | None = None) -> None:
         super().__init__(tensors)
         self.flat = flat
-        self._own: tuple[int, int] | None = None
+        self._own = self._holders()
+        self._is_lent = False
 
     @classmethod
     def like(cls, weights: Sequence[Tensor]) -> Self:
@@ -82,8 +83,7 @@ class Vector(list[Tensor]):
 
     def lend(self) -> list[Tensor]:
         """The tensors, as others in the same memory: whoever gets them may keep them, or what is made of them."""
-        if self._own is None:
-            self._own = self._holders()
+        self._is_lent = True
         return [t.data for t in self]
 
     @property
@@ -92,7 +92,7 @@ class Vector(list[Tensor]):
 
         Of a GPU's memory that is not asked: there it is no dearer when it is new.
         """
-        return self._own is None or (0, 0) != self._own == self._holders()
+        return not self._is_lent or (0, 0) != self._own == self._holders()
 
     def _holders(self) -> tuple[int, int]:
         """How many hold the memory, in PyTorch and in Python; (0, 0) where that cannot be known."""

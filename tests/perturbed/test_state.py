@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_lightning import CentralDifference, ForwardDifference, NonFiniteLoss, Objective, Rademacher, ZerothOrder
+from zo_lightning import (
+    Batched,
+    CentralDifference,
+    ForwardDifference,
+    NonFiniteLoss,
+    Objective,
+    Rademacher,
+    ZerothOrder,
+)
 from zo_lightning.perturbed.state import State
 from zo_lightning.perturbed.weights import DisplacedWeights, Weights
 
@@ -105,11 +113,29 @@ def test_a_weight_that_no_pass_shows_is_named_once(caplog: pytest.LogCaptureFixt
         "no use of 0.weight shows in a forward pass: moved in place for each, and put back"
     ]
     assert objective.forward_passes == 7, "the first pass is repeated"
-    assert state.state_dict() == {"visible": {"0.weight": False, "0.bias": True, "2.weight": True, "2.bias": True}}
+    visible = {"0.weight": False, "0.bias": True, "2.weight": True, "2.bias": True}
+    assert state.state_dict() == {"visible": visible, "chunk_size": None}
     again = State()
     again.load_state_dict(state.state_dict())
     estimator.backward(objective, net, 3, again)
     assert objective.forward_passes == 9
+
+
+def test_a_run_goes_on_with_as_many_directions_at_once_as_it_began_with() -> None:
+    """Measured anew, on the smaller last batch of an epoch, there would be more, and sums might round otherwise."""
+    net, estimator = nn.Linear(300, 300), ZerothOrder(evaluation=Batched(), samples=2, seed=0)
+    state, again = State(), State()
+    estimator.backward(lambda: net(torch.ones(8192, 300)).mean(), net, 0, state)
+    again.load_state_dict(state.state_dict())
+    estimator.backward(lambda: net(torch.ones(2, 300)).mean(), net, 1, again)
+    assert again.chunk_size == state.chunk_size == 1
+
+
+def test_steps_in_inference_mode_and_out_of_it_share_a_state() -> None:
+    net, estimator, state = nn.Linear(3, 2), ZerothOrder(seed=0), State()
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            estimator.backward(lambda: net(torch.ones(2, 3)).mean(), net, 0, state)
 
 
 def test_weights_that_are_unfrozen_later_are_looked_at_then() -> None:

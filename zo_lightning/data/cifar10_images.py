@@ -33,7 +33,8 @@ class CIFAR10Images(InMemoryDataModule):
 
     Args:
         batch_size: Images per batch (over all processes); the last batch of an epoch may be smaller.
-        val_size: Images taken from the training set for validation; 0 trains on all and validates on the test set.
+        val_size: Images taken from the training set for validation, or the share of them where it is below 1; 0 trains
+            on all and validates on the test set.
         seed: Decides the validation split and, together with the epoch, the order of the training images; None takes
             the one given to ``torch.manual_seed`` or ``seed_everything``.
         root: Folder that holds the archive; nothing is written there.

@@ -39,11 +39,11 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how a run goes on, as plain containers and tensors."""
-        return {"visible": dict(self.visible)}
+        return {"visible": dict(self.visible), "chunk_size": self.chunk_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what ``state_dict`` gave."""
-        self.visible = dict(state["visible"])
+        self.visible, self.chunk_size = dict(state["visible"]), state["chunk_size"]
 
     def run(self, objective: Objective, weights: Weights, value: Value, ask: Callable[[Any], T]) -> T:
         """What ``ask`` returns for the context of a pass in which the uses of the weights see ``value``.
@@ -124,7 +124,8 @@ class State:
         for kept, *_ in known:
             if kept.is_free:
                 return kept
-        kept = Vector.like(weights) if rows is None else Vector.stack(weights, rows)
+        with torch.inference_mode(False):  # or no other mode could write into it
+            kept = Vector.like(weights) if rows is None else Vector.stack(weights, rows)
         self._scratch[name] = [*known[-1:], (kept, rows, weights.kinds)]
         return kept
 
