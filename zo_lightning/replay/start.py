@@ -21,7 +21,7 @@ from zo_lightning.perturbed.weights import Weights
 from zo_lightning.snapshots import read_tensors, write_tensors
 
 SETTINGS, WEIGHTS = "start.json", "start.safetensors"
-_COMPONENTS = ("directions", "stencils", "evaluation", "distributed")
+_COMPONENTS = ("directions", "low_rank", "centred", "stencils", "shaping", "evaluation", "distributed")
 
 
 class CannotReplay(ValueError):

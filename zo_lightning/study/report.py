@@ -81,6 +81,8 @@ def _with_earlier(measured: pd.DataFrame, file: Path, results: Results) -> pd.Da
     finished = {(cell.method, cell.task, cell.seed) for cell in results.cells}
     wanted = finished - set(measured[keys].itertuples(index=False, name=None))
     kept = [key in wanted for key in earlier[keys].itertuples(index=False, name=None)]
+    if measured.empty:  # whose columns have no types
+        return earlier[kept].reset_index(drop=True)
     return pd.concat([measured, earlier[kept]], ignore_index=True) if any(kept) else measured
 
 
