@@ -82,8 +82,8 @@ def _with_earlier(measured: pd.DataFrame, file: Path, results: Results) -> pd.Da
     wanted = finished - set(measured[keys].itertuples(index=False, name=None))
     kept = [key in wanted for key in earlier[keys].itertuples(index=False, name=None)]
     if measured.empty:  # whose columns have no types
-        return earlier[kept].reset_index(drop=True)
-    return pd.concat([measured, earlier[kept]], ignore_index=True) if any(kept) else measured
+        return earlier.loc[kept].reset_index(drop=True)
+    return pd.concat([measured, earlier.loc[kept]], ignore_index=True) if any(kept) else measured
 
 
 def _write_budget_report(source: Path, output: Path, progress: Progress) -> Path:
