@@ -3,9 +3,11 @@ import torch
 
 from zo_lightning import counter
 from zo_lightning.centred import Centred
-from zo_lightning.directions import Coordinate, Directions, Gaussian, Rademacher, Sphere
+from zo_lightning.directions import Coordinate, Directions, Gaussian, Rademacher, Sphere, hold_all
 from zo_lightning.low_rank import LowRank
 from zo_lightning.vectors import Vector
+
+CENTRED_SPHERE = Centred(Sphere())
 
 
 def test_sphere_has_norm_root_d() -> None:
@@ -65,6 +67,21 @@ def test_given_memory_takes_the_same_numbers(u: Gaussian, dtype: torch.dtype) ->
     drawn = u.draw(params, 0, 0, 0).tensors(out)
     assert drawn is out
     assert all(torch.equal(a, b) for a, b in zip(drawn, u.draw(params, 0, 0, 0).tensors(), strict=True))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("u", [Gaussian(), Sphere(), Rademacher(), Coordinate(), LowRank(2), Centred(), CENTRED_SPHERE])
+def test_a_stack_takes_the_numbers_of_each_direction(u: Directions, alike: bool) -> None:
+    kernel = torch.zeros(4, 3, 5, 5) if alike else torch.zeros(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    weights = [torch.zeros(30, 10), kernel, torch.zeros(7), torch.zeros(())]
+    directions = [u.draw(weights, 0, 3, index, still={0: 2}) for index in range(3)]
+    stack = Vector.stack(weights, 5).rows(slice(1, 4))
+    assert (stack.flat is None) != alike
+    hold_all(directions, stack)
+    for index, direction in enumerate(directions):
+        assert direction.held is not None and direction.held[0][2].count_nonzero() == 0
+        for k, t in enumerate(direction.held):
+            assert torch.equal(t, stack[k][index]) and torch.equal(t, direction[k])
 
 
 def test_numbers_do_not_depend_on_the_threads_or_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Random directions whose rows sum to zero."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -38,18 +39,22 @@ class Centred(Directions):
 
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
         self.of._fill(place, direction, position)
-        _centre(place, direction.weights[position].ndim)
+        weight = direction.weights[position]
+        if weight.ndim > 1:
+            parts = 2 if weight.is_complex() else 1
+            _centre(place.view(1, len(weight), math.prod(weight.shape[1:]), parts))
 
-    def _fill_all(self, places: Vector, direction: Direction) -> None:
-        if places.flat is None or not isinstance(self.of, Independent):
-            super()._fill_all(places, direction)
+    def _fill_all(self, rows: Sequence[Vector], flat: Tensor | None, directions: Sequence[Direction]) -> None:
+        if flat is None or not isinstance(self.of, Independent):
+            super()._fill_all(rows, flat, directions)
             return
-        self.of._fill_all(places, direction)
-        for place in places:
-            _centre(place, place.ndim)
+        self.of._fill_all(rows, flat, directions)
+        for start, weight in zip(directions[0].starts, directions[0].weights, strict=False):
+            if weight.ndim > 1:
+                shape = len(flat), len(weight), math.prod(weight.shape[1:]), 1
+                _centre(flat[:, start : start + weight.numel()].view(shape))
 
 
-def _centre(place: Tensor, ndim: int) -> None:
-    """Subtract the means of the rows of a weight of ``ndim`` dimensions; the parts of a complex one are the next."""
-    if ndim > 1:
-        place.sub_(place.mean(list(range(1, ndim)), keepdim=True))
+def _centre(matrices: Tensor) -> None:
+    """Subtract the means of the rows of matrices [directions, m, n, parts of a number]."""
+    matrices.sub_(matrices.mean(2, keepdim=True))

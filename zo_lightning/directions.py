@@ -48,10 +48,17 @@ class Directions(ABC):
     def _fill(self, place: Tensor, direction: "Direction", position: int) -> None:
         """Write the numbers of one tensor, up to the direction's scale, into a contiguous real one of its shape."""
 
-    def _fill_all(self, places: "Vector", direction: "Direction") -> None:
-        """Write what ``_fill`` writes into the tensors of all weights, and zeros where they stand still."""
-        for position, place in enumerate(places):
-            direction._raw(position, place)
+    def _fill_all(self, rows: Sequence[Vector], flat: Tensor | None, directions: Sequence["Direction"]) -> None:
+        """Write what ``_fill`` writes into all tensors of some directions of one step, zeros where they stand still.
+
+        Args:
+            rows: the tensors of each direction.
+            flat: [directions, numbers], the memory that they share; None where they do not.
+            directions: whose tensors these are.
+        """
+        for row, direction in zip(rows, directions, strict=True):
+            for position, place in enumerate(row):
+                direction._raw(position, place)
 
     def _numbers(self, weight: Tensor) -> int:
         """How many random numbers the tensor of one weight is made of."""
@@ -113,7 +120,7 @@ class Direction:
             out: tensors like the weights to write into and to return, in place of new ones.
         """
         places = Vector.like(self.weights) if out is None else out
-        self.distribution._fill_all(places, self)
+        self.distribution._fill_all([places], None if places.flat is None else places.flat.unsqueeze(0), [self])
         return self._scaled(places)
 
     def _scaled(self, places: Vector) -> Vector:
@@ -144,16 +151,9 @@ class Direction:
 
 
 def hold_all(directions: Sequence[Direction], out: Vector) -> None:
-    """Let each direction of one step hold its tensors, as rows of a stack of as many; at once where that can be."""
-    distribution = directions[0].distribution
+    """Let each direction of one step hold its tensors, as rows of a stack of as many."""
     rows = out.unstack()
-    if out.flat is None or not isinstance(distribution, Independent):
-        for direction, row in zip(directions, rows, strict=True):
-            direction.hold(row)
-        return
-    distribution._draw(out.flat, [direction.stream for direction in directions], 0)
-    for position, row in directions[0].still.items():
-        out[position][:, row] = 0
+    directions[0].distribution._fill_all(rows, out.flat, directions)
     for direction, row in zip(directions, rows, strict=True):
         direction.held = direction._scaled(row)
 
@@ -189,13 +189,14 @@ class Independent(Directions):
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
         self._draw(place.view(1, -1), [direction.stream], direction.starts[position])
 
-    def _fill_all(self, places: Vector, direction: Direction) -> None:
-        if places.flat is None:
-            super()._fill_all(places, direction)
+    def _fill_all(self, rows: Sequence[Vector], flat: Tensor | None, directions: Sequence[Direction]) -> None:
+        if flat is None:
+            super()._fill_all(rows, flat, directions)
             return
-        self._draw(places.flat.unsqueeze(0), [direction.stream], 0)
-        for position, row in direction.still.items():
-            places[position][row] = 0
+        self._draw(flat, [direction.stream for direction in directions], 0)
+        for row, direction in zip(rows, directions, strict=True):
+            for position, still in direction.still.items():
+                row[position][still] = 0
 
 
 @dataclass(frozen=True)
