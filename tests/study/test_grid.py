@@ -160,6 +160,17 @@ def test_tasks_and_budgets_are_axes(declared: Path) -> None:
     assert copy.cells() == study.cells() and copy.trial_cells() == trials
 
 
+def test_settings_of_the_model_are_those_of_the_class_that_a_task_names(declared: Path) -> None:
+    net = {"class_path": "mine.Net"}
+    task = {"model": {"class_path": "Regressor", "init_args": {"net": net}}}
+    text = {**yaml.safe_load(TASKS), "tasks": {"a": {"base": "base.yaml"}, "b": task}, "nets": None}
+    (declared.parent / "tasks.yaml").write_text(yaml.safe_dump(text))
+    cells = {(cell.method, cell.task): cell for cell in read_study(declared.parent / "tasks.yaml").cells()}
+    assert cells["FO", "a"].overlays[-1] == {"model": {"estimator": "Backprop"}}
+    assert cells["FO", "b"].overlays[1:] == (task, {"model": {"init_args": {"estimator": "Backprop"}}})
+    assert cells["ZO", "b"].overlays[-1] == {"model": {"init_args": {"memory": "lean"}}}  # of by_task as well
+
+
 BAD_CHOICES = {
     "budgets: [10, 20]": ("budgets: [0]", "budgets must be a list of whole numbers of at least 1, got 0"),
     "seed: 0": ("seed: 2", "trials.seed 2 is one of the study's seeds"),

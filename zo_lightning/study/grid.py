@@ -13,6 +13,7 @@ Overlay = dict[str, Any]
 _LONGEST = 80
 TRIALS = "_trials"
 """The folder of a study's trials; no method's has this name."""
+_OF_A_CLASS = {"class_path", "init_args"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Study:
         name: of the study's folder.
         common: overlays that every cell begins with.
         methods: by name.
-        tasks: overlays by name: net, data, and what else belongs to them.
+        tasks: overlays by name: net, data, and what else belongs to them. Where a cell's overlays name the model's
+            class (``model.class_path``), settings of ``model`` by other overlays are arguments of that class.
         seeds: one run each.
         reference: the method that the others are compared with.
         snapshots: epochs from one snapshot of the weights to the next, or None for no snapshots.
@@ -196,7 +198,14 @@ class Study:
         )
 
     def _overlays(self, method: str, task: str) -> tuple[Overlay, ...]:
-        return (*self.common, *self.tasks[task], *self.methods[method].at(task))
+        overlays = (*self.common, *self.tasks[task], *self.methods[method].at(task))
+        models = [overlay.get("model") or {} for overlay in overlays]
+        if not any("class_path" in model for model in models):
+            return overlays
+        return tuple(
+            {**overlay, "model": {"init_args": model}} if model and not model.keys() & _OF_A_CLASS else overlay
+            for overlay, model in zip(overlays, models, strict=True)
+        )
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> str | None:
