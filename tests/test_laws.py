@@ -538,3 +538,34 @@ def test_an_estimate_leaves_nothing_behind_that_holds_the_module(make: Make) -> 
         assert module() is None
     finally:
         gc.enable()
+
+
+COMPILED = (
+    "central-rademacher",
+    "forward-centred",
+    "forward_gradient-gaussian",
+    "batched-forward-gaussian",
+    "direct_feedback_alignment",
+    "per_example-outputs",
+    "per_example-weights",
+)
+
+
+@pytest.mark.parametrize("by", ["method", "function"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_law_11_a_compiled_net_has_the_estimate_of_the_net(name: str, by: str) -> None:
+    """Compiled code is displaced in place, or, where its layers have to be seen, run as it was written."""
+    net, loss = problem()
+    plain = estimated(EVERY[name](2), loss, net)
+    before = state(net)
+    assert not Weights.of(net).compiled
+    if by == "method":
+        net.compile(backend="eager")
+    else:
+        net.inner.forward = torch.compile(net.inner.forward, backend="eager")
+    assert Weights.of(net).compiled
+    found = estimated(EVERY[name](2), loss, net)
+    # Losses of about 1 are rounded by 1e-7, and their differences divided by 1e-3.
+    torch.testing.assert_close(found, plain, rtol=0, atol=2e-3)
+    assert_unchanged(net, before)
+    torch._dynamo.reset()

@@ -235,7 +235,7 @@ def test_layers_that_cannot_be_seen_are_refused() -> None:
     x = torch.randn(BATCH, 5)
     traced: Any = torch.jit.trace(nn.Linear(5, 4), x)
     net = nn.Sequential(traced, nn.Linear(4, CLASSES))
-    with pytest.raises(ValueError, match=r"cannot see the layer of 0.weight: compiled code or TorchScript"):
+    with pytest.raises(ValueError, match=r"cannot see the layer of 0.weight: TorchScript hides it"):
         estimated(net, lambda: net(x))
 
 

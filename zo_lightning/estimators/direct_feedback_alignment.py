@@ -81,8 +81,8 @@ class DirectFeedbackAlignment(GradientEstimator):
             from the same one with ``split="directions"``, where there is nothing to split.
 
     Raises:
-        ValueError: in ``backward``: no graph leads to the loss, TorchScript or compiled code hides layers, or the
-            input of a layer has no dimension with the examples, which are the first dimension of the output.
+        ValueError: in ``backward``: no graph leads to the loss, TorchScript hides layers, or the input of a layer
+            has no dimension with the examples, which are the first dimension of the output.
     """
 
     seed: int | None = None
@@ -107,12 +107,12 @@ class DirectFeedbackAlignment(GradientEstimator):
         if weights.opaque:
             name = weights.names[min(weights.opaque)]
             raise ValueError(
-                f"DirectFeedbackAlignment cannot see the layer of {name}: compiled code or TorchScript hides it. Leave "
-                "the module as it is, or take ZerothOrder"
+                f"DirectFeedbackAlignment cannot see the layer of {name}: TorchScript hides it. Leave the "
+                "module as it is, or take ZerothOrder"
             )
         passed = CutAtLayers(module, weights, objective.before_write)
         with finite_everywhere(weights[0].device, step), objective.probe(cost=2), torch.enable_grad():
-            with passed:
+            with passed, weights.as_written():
                 loss = objective.differentiable()
             gradients = _gradients(loss, passed, weights, maps, seed)
         pairs = [(p, like_weight(p, g)) for p, g in zip(weights, gradients, strict=True)]

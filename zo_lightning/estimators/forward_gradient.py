@@ -33,8 +33,8 @@ class ForwardGradient(WeightSpace):
         distributed: as in ``ZerothOrder``.
 
     Raises:
-        ValueError: ``samples`` < 1; in ``backward``, also where no tangent reaches the loss, as through TorchScript,
-            compiled code or NumPy.
+        ValueError: ``samples`` < 1; in ``backward``, also where no tangent reaches the loss, as through TorchScript
+            or NumPy.
     """
 
     directions: Directions = field(default_factory=Gaussian)
@@ -72,7 +72,7 @@ def _pushed(objective: Objective, weights: Weights, direction: Direction) -> tup
     watched = DisplacedWeights(weights, Recent(weights, dual), before_write=objective.before_write)
     with objective.probe(cost=2), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         try:
-            with watched:
+            with watched, weights.as_written():
                 loss = objective.loss()
         except NotImplementedError as error:
             if "forward AD" not in str(error):
@@ -85,6 +85,6 @@ def _pushed(objective: Objective, weights: Weights, direction: Direction) -> tup
         if tangent is None:
             raise ValueError(
                 "no tangent reaches the loss: it does not depend on the weights, or something on the way (TorchScript, "
-                "compiled code, NumPy, .item()) drops it; ZerothOrder needs values alone"
+                "NumPy, .item()) drops it; ZerothOrder needs values alone"
             )
         return value, check_loss(tangent)

@@ -30,8 +30,7 @@ class Attributes:
     """
 
     def __init__(self, modules: list[nn.Module], metrics: list[Metric]) -> None:
-        self.modules = modules
-        self._values = [(vars(one), _public(one)) for one in modules]
+        self._values = [(vars(one), _public(vars(one))) for one in modules]
         self._contents: list[tuple[Any, Any]] = []
         known: set[int] = set()
         for _, values in self._values:
@@ -51,8 +50,8 @@ class Attributes:
 
     def differs(self) -> bool:
         """Whether anything is no longer as it was."""
-        for module, (_, values) in zip(self.modules, self._values, strict=True):
-            now = _public(module)
+        for attributes, values in self._values:
+            now = _public(attributes)
             if now.keys() != values.keys() or any(now[name] is not value for name, value in values.items()):
                 return True
         return any(not _equal(held, content) for held, content in self._contents) or bool(self.changed())
@@ -60,9 +59,8 @@ class Attributes:
     def restore(self) -> None:
         """Put everything back."""
         for attributes, values in self._values:
-            for name, value in list(attributes.items()):
-                if _is_data(name, value) and name not in values:
-                    del attributes[name]
+            for name in _public(attributes).keys() - values.keys():
+                del attributes[name]
             attributes.update(values)
         for container, content in self._contents:
             _refill(container, content)
@@ -103,17 +101,13 @@ def keeping(module: nn.Module) -> tuple[list[nn.Module], list[Metric]]:
 def tensors_kept(modules: list[nn.Module]) -> Iterator[Tensor]:
     """The tensors among the attributes of modules."""
     for module in modules:
-        for value in _public(module).values():
+        for value in _public(vars(module)).values():
             if isinstance(value, Tensor):
                 yield value
 
 
-def _public(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if _is_data(name, value)}
-
-
-def _is_data(name: str, value: Any) -> bool:
-    return not name.startswith("_") and not callable(value)
+def _public(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name[:1] != "_" and not callable(value)}
 
 
 def _refill(container: Any, content: Any) -> None:

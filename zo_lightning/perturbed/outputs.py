@@ -122,7 +122,7 @@ class DisplacedOutputs(DisplacedWeights):
         self.names = {id(p): name for name, p in zip(weights.names, weights.params, strict=True)}
         self.ruled = {id(p) for p in weights.params} - {id(weights[k]) for k in weights.opaque.union(shared)}
         self.uses: dict[str, Use] = {}
-        self.opaque = {weights.names[k]: "compiled code or TorchScript reads it" for k in weights.opaque}
+        self.opaque = {weights.names[k]: "TorchScript reads it" for k in weights.opaque}
         self.events = 0
         self._constants = Constants(module, buffers)
         self._made: dict[int, Made] = {}

@@ -56,7 +56,8 @@ class State:
             answer = ask(ExchangedWeights(weights, value))
             self._shown = [] if objective.has_written else weights.names
             return answer
-        hidden = {k for k, name in enumerate(weights.names) if not self.visible.get(name, k not in weights.opaque)}
+        unseen = weights.opaque | weights.compiled
+        hidden = {k for k, name in enumerate(weights.names) if not self.visible.get(name, k not in unseen)}
         watched = DisplacedWeights(weights, value, hidden, objective.before_write)
         answer = ask(watched)
         new = [k for k, name in enumerate(weights.names) if name not in self.visible]
@@ -72,7 +73,7 @@ class State:
         return answer if watched.seen | hidden >= set(new) else self.run(objective, weights, value, ask)
 
     def _can_exchange(self, objective: Objective, weights: Weights) -> bool:
-        shown = self._shown == weights.names and not weights.opaque
+        shown = self._shown == weights.names and not weights.opaque and not weights.compiled
         return shown and not weights.frozen and objective.keeps_inputs()
 
     def loss_at(self, objective: Objective, weights: Weights, value: Value) -> float:

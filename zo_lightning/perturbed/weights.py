@@ -1,6 +1,7 @@
 """A forward pass in which every use of a weight sees another tensor in its place, while the weight stays untouched."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -25,7 +26,8 @@ class Weights(Sequence[nn.Parameter]):
         names: of the weights, in their order.
         params: the weights.
         still: by position, a row that no direction moves, since no use of it is trained: an embedding's padding.
-        opaque: positions of weights that compiled code or TorchScript reads, where no pass can be displaced.
+        opaque: positions of weights that TorchScript reads, where no pass can be displaced.
+        compiled: positions of weights that compiled code reads: neither can its passes be, but ``as_written``.
         frozen: whether the module also has weights that do not require a gradient.
     """
 
@@ -33,6 +35,7 @@ class Weights(Sequence[nn.Parameter]):
     params: list[nn.Parameter]
     still: dict[int, int] = field(default_factory=dict)
     opaque: frozenset[int] = frozenset()
+    compiled: frozenset[int] = frozenset()
     frozen: bool = False
 
     @classmethod
@@ -46,6 +49,7 @@ class Weights(Sequence[nn.Parameter]):
         params: list[nn.Parameter] = []
         padded: list[tuple[int, int]] = []
         opaque: set[int] = set()
+        compiled: set[int] = set()
         frozen = False
         owners: dict[int, int] = {}  # by a weight's id
         for prefix, owner in submodules(module):
@@ -61,22 +65,29 @@ class Weights(Sequence[nn.Parameter]):
             if isinstance(owner, _EMBEDDINGS):
                 if owner.padding_idx is not None:
                     padded.append((id(owner.weight), owner.padding_idx))
-            elif _is_opaque(owner):
+            elif isinstance(owner, torch.jit.ScriptModule):
                 opaque |= set(map(id, owner.parameters()))
+            elif _is_compiled(owner):
+                compiled |= set(map(id, owner.parameters()))
         if not params:
             kind = type(module).__name__
             raise ValueError(f"{kind} has no parameter with requires_grad=True: there is nothing to train")
-        if not padded and not opaque:
+        if not padded and not opaque and not compiled:
             return cls(names, params, frozen=frozen)
         positions = {id(p): position for position, p in enumerate(params)}
         # A weight that another layer shares is trained there, the padding row too.
         still = {positions[i]: row for i, row in padded if i in positions and owners[i] == 1}
-        return cls(names, params, still, frozenset(positions[i] for i in opaque if i in positions), frozen)
+        scripted, hidden = (frozenset(positions[i] for i in ids if i in positions) for ids in (opaque, compiled))
+        return cls(names, params, still, scripted, hidden, frozen)
 
     @cached_property
     def kinds(self) -> list[tuple[Any, ...]]:
         """What has to be alike for a tensor to hold the numbers of a weight."""
         return [(p.shape, p.dtype, p.device, p.stride()) for p in self.params]
+
+    def as_written(self) -> AbstractContextManager[Any]:
+        """Context in which compiled code runs as it was written, and shows its uses of weights."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def __len__(self) -> int:
         return len(self.params)
@@ -91,11 +102,14 @@ class Weights(Sequence[nn.Parameter]):
 _EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 
 
-def _is_opaque(module: nn.Module) -> bool:
-    """Whether a module's code runs where PyTorch's functions cannot be seen: compiled, or TorchScript."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return True
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+def _is_compiled(module: nn.Module) -> bool:
+    """By ``torch.compile(module)``, ``module.compile()``, or ``module.forward = torch.compile(module.forward)``."""
+    forward = vars(module).get("forward")
+    return (
+        "_orig_mod" in module._modules
+        or module._compiled_call_impl is not None
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    )
 
 
 class DisplacedWeights(TorchFunctionMode):

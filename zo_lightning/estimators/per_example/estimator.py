@@ -66,9 +66,9 @@ class PerExample(GradientEstimator):
 
     Layers are displaced by the rules of ``perturbed.layers``; any other function of PyTorch with weights among its
     arguments is differentiated on its own. Where its output has the examples is seen from its shape, or tried: one
-    example is displaced, and what moves is its own. Weights that are used in another way (TorchScript, compiled code,
-    packed sequences) get one direction for the whole batch, as in ``ZerothOrder``, and are named in a log line;
-    ``shared_weights`` tells which.
+    example is displaced, and what moves is its own. Weights that are used in another way (TorchScript, packed
+    sequences) get one direction for the whole batch, as in ``ZerothOrder``, and are named in a log line;
+    ``shared_weights`` tells which. Compiled code runs as it was written.
 
     Batch normalisation in training mode couples the examples. All passes of a sample take the statistics of its first
     (where its weights are trainable: others stay coupled), so that a loss depends on its own example's noise alone.
@@ -160,7 +160,12 @@ class PerExample(GradientEstimator):
         weights = trained(objective, module)
         grads: dict[nn.Parameter, Tensor] = {}
         own, stream = self.distributed.own(self.samples), self.distributed.stream
-        with finite_everywhere(weights[0].device, step), objective.guard(), as_parameters(weights):
+        with (
+            finite_everywhere(weights[0].device, step),
+            objective.guard(),
+            as_parameters(weights),
+            weights.as_written(),
+        ):
             if known.trained != weights.names:  # at first, and when weights were frozen or unfrozen
                 known.begin([])  # a look that failed is repeated
                 self._look(objective, module, weights, known, mix(seed, step))
@@ -191,7 +196,8 @@ class PerExample(GradientEstimator):
             module: owns the weights.
         """
         objective, state = Objective.of(loss, module), self.init(module)
-        with objective.guard(), as_parameters(weights := trained(objective, module)):
+        weights = trained(objective, module)
+        with objective.guard(), as_parameters(weights), weights.as_written():
             self._look(objective, module, weights, state, resolve_seed(self.seed))
         return dict(state.shared)
 
