@@ -1,6 +1,7 @@
 """Callbacks, one per file: each watches or steers a run with any module and any estimator, and can be left out."""
 
 from zo_lightning.callbacks.budget import Budget
+from zo_lightning.callbacks.compile_nets import CompileNets
 from zo_lightning.callbacks.dashboard import Dashboard
 from zo_lightning.callbacks.epoch_cost import EpochCost
 from zo_lightning.callbacks.exact_resume import ExactResume
@@ -17,6 +18,7 @@ from zo_lightning.callbacks.weight_snapshots import WeightSnapshots
 
 __all__ = [
     "Budget",
+    "CompileNets",
     "Dashboard",
     "EpochCost",
     "ExactResume",

@@ -1,0 +1,38 @@
+"""Compiled nets in training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+
+from zo_lightning import Backprop, Classifier, GradientEstimator, PerExample, SmallCNN, ZerothOrder
+from zo_lightning.callbacks import CompileNets
+from zo_lightning.data import Digits
+
+
+def trained(folder: Path, estimator: GradientEstimator, *callbacks: CompileNets) -> Classifier:
+    torch.manual_seed(0)
+    model = Classifier(SmallCNN(), estimator, lambda p: torch.optim.SGD(p, lr=0.05))
+    quiet: dict[str, Any] = {f"enable_{what}": False for what in ("checkpointing", "model_summary", "progress_bar")}
+    trainer = Trainer(
+        accelerator="cpu", max_steps=5, logger=False, default_root_dir=folder, callbacks=list(callbacks), **quiet
+    )
+    trainer.fit(model, Digits(128, 0, 1))
+    return model
+
+
+@pytest.mark.parametrize(
+    "estimator", [Backprop(), ZerothOrder(seed=0), PerExample(seed=0)], ids=lambda one: type(one).__name__
+)
+def test_a_compiled_net_is_trained_as_the_plain_one(estimator: GradientEstimator, tmp_path: Path) -> None:
+    plain = trained(tmp_path, estimator)
+    compiled = trained(tmp_path, estimator, CompileNets("eager"))
+    assert compiled.net._compiled_call_impl is not None and plain.net._compiled_call_impl is None
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.net.state_dict().items():
+        # Losses are rounded by 1e-7, which zeroth order divides by its mu of 1e-3, and SGD multiplies by 0.05.
+        torch.testing.assert_close(compiled.net.state_dict()[name], value, rtol=0, atol=1e-4)
+    assert compiled.flops == pytest.approx(plain.flops, rel=1e-6) and plain.flops > 0
+    torch._dynamo.reset()

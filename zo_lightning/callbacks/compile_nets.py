@@ -1,0 +1,36 @@
+"""Nets compiled by ``torch.compile``."""
+
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import nn
+from torchmetrics import Metric
+
+
+class CompileNets(Callback):
+    """Compile what a module is made of, each module within it that has weights, before the first pass.
+
+    Passes take 0.55 to 0.76 of their time on a CPU, steps of ``ZerothOrder`` 0.86 to 0.95 (docs/how_it_works.md): weights
+    are then moved in place, as compiled code does not show its uses of them. ``Backprop`` gains as everywhere. Estimators
+    that have to see the layers run the code as it was written, so that nothing is gained: ``PerExample``,
+    ``ForwardGradient``, ``DirectFeedbackAlignment`` and ``Batched``. Checkpoints are those of the plain module. On a CPU
+    a C++ compiler is needed.
+
+    Args:
+        backend: of ``torch.compile``.
+        mode: of ``torch.compile``, such as ``"max-autotune"``.
+        dynamic: whether shapes may change; None: code for the shapes seen, and other code once they change.
+    """
+
+    def __init__(self, backend: str = "inductor", mode: str | None = None, dynamic: bool | None = None) -> None:
+        self.settings: dict[str, Any] = {"backend": backend, "mode": mode, "dynamic": dynamic}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compile, once."""
+        for net in pl_module.children():
+            if _has_weights(net) and net._compiled_call_impl is None:
+                net.compile(**self.settings)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return not isinstance(module, Metric) and next(module.parameters(), None) is not None
