@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from zo_lightning.low_rank import Factors
 from zo_lightning.objective import Objective, check_loss
 from zo_lightning.perturbed.many import Displaced, losses_at
 from zo_lightning.perturbed.state import State
-from zo_lightning.perturbed.weights import Recent, Value, Weights
+from zo_lightning.perturbed.weights import Recent, Value, Weights, as_written
 from zo_lightning.stencils import Stencil
 
 Probe = tuple[Direction, tuple[float, ...]]
@@ -108,9 +108,8 @@ class Batched(Evaluation):
         is_central = 0.0 not in stencil.offsets
         at = state.along(weights, drawn[0], offsets[0] * stencil.mu) if is_central else _here(weights)
         measured = self.chunk_size is not None or state.chunk_size is not None
-        seen_through = replace(weights, compiled=frozenset()) if weights.compiled else weights
-        with nullcontext() if measured else _Largest() as largest, weights.as_written():
-            first = state.run(objective, seen_through, at, objective.unread)
+        with nullcontext() if measured else _Largest() as largest, as_written():  # as vmap runs the others
+            first = state.run(objective, weights, at, objective.unread)
         if hidden := [name for name in weights.names if not state.visible[name]]:
             raise ValueError(
                 f"Batched has to see every use of a weight, and none of {', '.join(hidden[:5])} shows: freeze what is "
@@ -125,8 +124,7 @@ class Batched(Evaluation):
             seen, distances = self._points(weights, chunk, [offset * stencil.mu for offset in offsets], size, state)
             rows = slice(int(is_central and begin == 0), None)  # one of these points was the first pass
             seen = [[t[rows] for t in one] if isinstance(one, list) else one[rows] for one in seen]
-            with weights.as_written():
-                losses = losses_at(objective, weights, seen, distances[rows]) if len(distances[rows]) else []
+            losses = losses_at(objective, weights, seen, distances[rows]) if len(distances[rows]) else []
             known = known or objective.read([first])  # a GPU has had the others in the meantime
             losses = [*known[: rows.start], *losses]
             for index, direction in enumerate(chunk):

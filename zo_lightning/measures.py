@@ -157,12 +157,11 @@ def loss_noise(loss: Callable[[], Tensor] | Objective, module: nn.Module, width:
     """
     objective = _afresh(loss, module, seed)
     weights = Weights.of(module)
-    unseen = weights.opaque | weights.compiled
     u = Gaussian().draw(weights, seed, 0, 0, weights.still).tensors()
     values = []
     for k in range(7):
         moved = [torch.add(p.detach(), t, alpha=k * width) for p, t in zip(weights, u, strict=True)]
-        with objective.probe(cost=0), DisplacedWeights(weights, moved.__getitem__, unseen):
+        with objective.probe(cost=0), DisplacedWeights(weights, moved.__getitem__, weights.opaque):
             values.append(objective.loss().detach().reshape(-1))
     losses = torch.stack(values)
     precision = max(torch.finfo(t.dtype).eps for t in (losses, *weights))

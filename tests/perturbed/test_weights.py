@@ -171,23 +171,9 @@ def test_weights_of_a_module() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_weights_of_code_that_cannot_be_watched() -> None:
-    plain, scripted, compiled = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
-    by_method = nn.Linear(2, 2)
-    by_method.compile(backend="eager")
-    by_function = nn.Linear(2, 2)
-    by_function.forward = torch.compile(by_function.forward, backend="eager")
-    modules: Any = {
-        "a": plain,
-        "b": torch.jit.script(scripted),
-        "c": torch.compile(compiled, backend="eager"),
-        "d": by_method,
-        "e": by_function,
-    }
-    net = nn.ModuleDict(modules)
-    weights = Weights.of(net)
-    assert {weights.names[k].split(".")[0] for k in weights.opaque} == {"b"}
-    assert {weights.names[k].split(".")[0] for k in weights.compiled} == {"c", "d", "e"}
-    assert len(weights) == 10 and len(weights.opaque) == 2 and len(weights.compiled) == 6
+    modules: Any = {"a": nn.Linear(2, 2), "b": torch.jit.script(nn.Linear(2, 2))}
+    weights = Weights.of(nn.ModuleDict(modules))
+    assert [weights.names[k] for k in sorted(weights.opaque)] == ["b.weight", "b.bias"]
 
 
 def test_recent_values_are_one_large_and_some_small_ones() -> None:

@@ -10,11 +10,11 @@ from torchmetrics import Metric
 class CompileNets(Callback):
     """Compile what a module is made of, each module within it that has weights, before the first pass.
 
-    Passes take 0.55 to 0.76 of their time on a CPU, steps of ``ZerothOrder`` 0.86 to 0.95 (docs/how_it_works.md): weights
-    are then moved in place, as compiled code does not show its uses of them. ``Backprop`` gains as everywhere. Estimators
-    that have to see the layers run the code as it was written, so that nothing is gained: ``PerExample``,
-    ``ForwardGradient``, ``DirectFeedbackAlignment`` and ``Batched``. Checkpoints are those of the plain module. On a CPU
-    a C++ compiler is needed.
+    ``Backprop`` gains as everywhere, and ``ZerothOrder`` from its second step on (docs/how_it_works.md): the first is
+    watched, as every step is where memory is lean, weights are frozen or inputs are above 4 MB. Passes that are watched
+    run the code as it was written, so that nothing is gained by ``PerExample``, ``ForwardGradient``,
+    ``DirectFeedbackAlignment`` and ``Batched``. Checkpoints are those of the plain module. On a CPU a C++ compiler is
+    needed.
 
     Args:
         backend: of ``torch.compile``.

@@ -112,7 +112,7 @@ class DirectFeedbackAlignment(GradientEstimator):
             )
         passed = CutAtLayers(module, weights, objective.before_write)
         with finite_everywhere(weights[0].device, step), objective.probe(cost=2), torch.enable_grad():
-            with passed, weights.as_written():
+            with passed:
                 loss = objective.differentiable()
             gradients = _gradients(loss, passed, weights, maps, seed)
         pairs = [(p, like_weight(p, g)) for p, g in zip(weights, gradients, strict=True)]

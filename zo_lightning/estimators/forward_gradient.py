@@ -72,7 +72,7 @@ def _pushed(objective: Objective, weights: Weights, direction: Direction) -> tup
     watched = DisplacedWeights(weights, Recent(weights, dual), before_write=objective.before_write)
     with objective.probe(cost=2), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         try:
-            with watched, weights.as_written():
+            with watched:
                 loss = objective.loss()
         except NotImplementedError as error:
             if "forward AD" not in str(error):

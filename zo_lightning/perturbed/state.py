@@ -31,6 +31,7 @@ class State:
         self.visible: dict[str, bool] = {}
         self.chunk_size: int | None = None
         self._shown: list[str] = []  # names of the weights, once a pass has shown that nothing has to be watched
+        self._shown_in: int | None = None  # the seed of the estimate in which it did
         self._scratch: dict[str, list[tuple[Vector, int | None, list[Any]]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -39,31 +40,31 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how a run goes on, as plain containers and tensors."""
-        return {"visible": dict(self.visible), "chunk_size": self.chunk_size}
+        return {"visible": dict(self.visible), "chunk_size": self.chunk_size, "shown": list(self._shown)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what ``state_dict`` gave."""
-        self.visible, self.chunk_size = dict(state["visible"]), state["chunk_size"]
+        self.visible, self.chunk_size, self._shown = dict(state["visible"]), state["chunk_size"], list(state["shown"])
 
     def run(self, objective: Objective, weights: Weights, value: Value, ask: Callable[[Any], T]) -> T:
         """What ``ask`` returns for the context of a pass in which the uses of the weights see ``value``.
 
         A weight whose use the first pass does not show is not used, or read by code that cannot be watched. From then
         on it is moved in place; the pass is repeated. Once a pass has shown the uses of all, written into nothing and
-        asked for no ``.grad``, further ones are not watched.
+        asked for no ``.grad``, those of later steps are not watched. Within a step all are watched or none: compiled
+        code, which runs as it was written where it is watched, rounds otherwise, and draws other dropout masks.
         """
         if isinstance(value, Points) and self._can_exchange(objective, weights):
             answer = ask(ExchangedWeights(weights, value))
             self._shown = [] if objective.has_written else weights.names
             return answer
-        unseen = weights.opaque | weights.compiled
-        hidden = {k for k, name in enumerate(weights.names) if not self.visible.get(name, k not in unseen)}
+        hidden = {k for k, name in enumerate(weights.names) if not self.visible.get(name, k not in weights.opaque)}
         watched = DisplacedWeights(weights, value, hidden, objective.before_write)
         answer = ask(watched)
         new = [k for k, name in enumerate(weights.names) if name not in self.visible]
         touches = objective.has_written or watched.reads_gradients
         if not touches and len(watched.seen) == len(weights) and all(map(_is_plain, weights)):
-            self._shown = weights.names
+            self._shown, self._shown_in = weights.names, objective.seed
         if not new:
             return answer
         self.visible |= {weights.names[k]: k in watched.seen for k in new}
@@ -73,7 +74,7 @@ class State:
         return answer if watched.seen | hidden >= set(new) else self.run(objective, weights, value, ask)
 
     def _can_exchange(self, objective: Objective, weights: Weights) -> bool:
-        shown = self._shown == weights.names and not weights.opaque and not weights.compiled
+        shown = self._shown == weights.names and self._shown_in != objective.seed and not weights.opaque
         return shown and not weights.frozen and objective.keeps_inputs()
 
     def loss_at(self, objective: Objective, weights: Weights, value: Value) -> float:

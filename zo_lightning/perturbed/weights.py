@@ -1,5 +1,6 @@
 """A forward pass in which every use of a weight sees another tensor in its place, while the weight stays untouched."""
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -27,7 +28,6 @@ class Weights(Sequence[nn.Parameter]):
         params: the weights.
         still: by position, a row that no direction moves, since no use of it is trained: an embedding's padding.
         opaque: positions of weights that TorchScript reads, where no pass can be displaced.
-        compiled: positions of weights that compiled code reads: neither can its passes be, but ``as_written``.
         frozen: whether the module also has weights that do not require a gradient.
     """
 
@@ -35,7 +35,6 @@ class Weights(Sequence[nn.Parameter]):
     params: list[nn.Parameter]
     still: dict[int, int] = field(default_factory=dict)
     opaque: frozenset[int] = frozenset()
-    compiled: frozenset[int] = frozenset()
     frozen: bool = False
 
     @classmethod
@@ -49,7 +48,6 @@ class Weights(Sequence[nn.Parameter]):
         params: list[nn.Parameter] = []
         padded: list[tuple[int, int]] = []
         opaque: set[int] = set()
-        compiled: set[int] = set()
         frozen = False
         owners: dict[int, int] = {}  # by a weight's id
         for prefix, owner in submodules(module):
@@ -67,27 +65,20 @@ class Weights(Sequence[nn.Parameter]):
                     padded.append((id(owner.weight), owner.padding_idx))
             elif isinstance(owner, torch.jit.ScriptModule):
                 opaque |= set(map(id, owner.parameters()))
-            elif _is_compiled(owner):
-                compiled |= set(map(id, owner.parameters()))
         if not params:
             kind = type(module).__name__
             raise ValueError(f"{kind} has no parameter with requires_grad=True: there is nothing to train")
-        if not padded and not opaque and not compiled:
+        if not padded and not opaque:
             return cls(names, params, frozen=frozen)
         positions = {id(p): position for position, p in enumerate(params)}
         # A weight that another layer shares is trained there, the padding row too.
         still = {positions[i]: row for i, row in padded if i in positions and owners[i] == 1}
-        scripted, hidden = (frozenset(positions[i] for i in ids if i in positions) for ids in (opaque, compiled))
-        return cls(names, params, still, scripted, hidden, frozen)
+        return cls(names, params, still, frozenset(positions[i] for i in opaque if i in positions), frozen)
 
     @cached_property
     def kinds(self) -> list[tuple[Any, ...]]:
         """What has to be alike for a tensor to hold the numbers of a weight."""
         return [(p.shape, p.dtype, p.device, p.stride()) for p in self.params]
-
-    def as_written(self) -> AbstractContextManager[Any]:
-        """Context in which compiled code runs as it was written, and shows its uses of weights."""
-        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
 
     def __len__(self) -> int:
         return len(self.params)
@@ -102,14 +93,9 @@ class Weights(Sequence[nn.Parameter]):
 _EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """By ``torch.compile(module)``, ``module.compile()``, or ``module.forward = torch.compile(module.forward)``."""
-    forward = vars(module).get("forward")
-    return (
-        "_orig_mod" in module._modules
-        or module._compiled_call_impl is not None
-        or hasattr(forward, "_torchdynamo_orig_callable")
-    )
+def as_written() -> AbstractContextManager[Any]:
+    """Context in which what ``torch.compile`` has made runs as it was written, so that its functions can be watched."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class DisplacedWeights(TorchFunctionMode):
@@ -117,8 +103,8 @@ class DisplacedWeights(TorchFunctionMode):
 
     It sees PyTorch's functions as the pass calls them, so weights may belong to any module, be tied, or be used by any
     function directly. What a function only asks about a weight, such as its shape, is answered by the weight itself.
-    Code that reads weights where no function of PyTorch shows it, as TorchScript does, needs them ``in_place``: those
-    are moved themselves, and put back bit for bit at the end.
+    Compiled code runs as it was written. Code that reads weights where no function of PyTorch shows it, as TorchScript
+    does, needs them ``in_place``: those are moved themselves, and put back bit for bit at the end.
 
     Args:
         weights: those whose uses are displaced.
@@ -144,6 +130,7 @@ class DisplacedWeights(TorchFunctionMode):
         self.seen: set[int] = set()
         self.reads_gradients = False
         self._saved: list[tuple[Tensor, Tensor]] = []
+        self._written: AbstractContextManager[Any] = nullcontext()
 
     def __enter__(self) -> Self:
         """Begin the pass."""
@@ -156,14 +143,18 @@ class DisplacedWeights(TorchFunctionMode):
         except BaseException:
             self._put_back()
             raise
-        # Compiled code would be compiled again for each pass that is watched.
-        return super().__enter__() if self.positions else self
+        if not self.positions:
+            return self
+        self._written = as_written()
+        self._written.__enter__()
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         """End the pass."""
         try:
             if self.positions:
                 super().__exit__(*error)
+                self._written.__exit__(*error)
         finally:
             self._put_back()
 

@@ -160,12 +160,7 @@ class PerExample(GradientEstimator):
         weights = trained(objective, module)
         grads: dict[nn.Parameter, Tensor] = {}
         own, stream = self.distributed.own(self.samples), self.distributed.stream
-        with (
-            finite_everywhere(weights[0].device, step),
-            objective.guard(),
-            as_parameters(weights),
-            weights.as_written(),
-        ):
+        with finite_everywhere(weights[0].device, step), objective.guard(), as_parameters(weights):
             if known.trained != weights.names:  # at first, and when weights were frozen or unfrozen
                 known.begin([])  # a look that failed is repeated
                 self._look(objective, module, weights, known, mix(seed, step))
@@ -196,8 +191,7 @@ class PerExample(GradientEstimator):
             module: owns the weights.
         """
         objective, state = Objective.of(loss, module), self.init(module)
-        weights = trained(objective, module)
-        with objective.guard(), as_parameters(weights), weights.as_written():
+        with objective.guard(), as_parameters(weights := trained(objective, module)):
             self._look(objective, module, weights, state, resolve_seed(self.seed))
         return dict(state.shared)
 
