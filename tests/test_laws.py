@@ -569,7 +569,7 @@ def test_law_11_a_compiled_net_has_the_estimate_of_the_net(name: str, by: str) -
     net, loss = problem()
     plain, before, run = three_steps(loss), state(net), partial(torch.compile, backend="eager")
     if by == "module":
-        net.inner = run(net.inner)
+        net.inner = run(net.inner)  # pyright: ignore[reportAttributeAccessIssue]
     elif by == "method":
         net.compile(backend="eager")
     elif by == "forward":
