@@ -2,8 +2,8 @@
 
     python -m benchmarks.compiled [--threads 2] [--seconds 10] [--device cuda]
 
-Lean steps are watched, and run the code as it was written. Compiling takes up to a minute a size, before the first turn,
-and needs a C++ compiler on a CPU.
+Lean steps are watched, and run the code as it was written. Compiling takes up to a minute a size, before the first
+turn, and needs a C++ compiler on a CPU.
 """
 
 import argparse
