@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
+from torchmetrics import MeanMetric
 
 from zo_lightning import Backprop, Classifier, GradientEstimator, PerExample, SmallCNN, ZerothOrder
 from zo_lightning.callbacks import CompileNets
@@ -36,3 +37,13 @@ def test_a_compiled_net_is_trained_as_the_plain_one(estimator: GradientEstimator
         torch.testing.assert_close(compiled.net.state_dict()[name], value, rtol=0, atol=1e-4)
     assert compiled.flops == pytest.approx(plain.flops, rel=1e-6) and plain.flops > 0
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_cannot_be_compiled_stays_as_it_is() -> None:
+    model, callback = LightningModule(), CompileNets("eager")
+    model.scripted = torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
+    model.metric, model.activation, model.net = MeanMetric(), torch.nn.ReLU(), torch.nn.Linear(2, 2)
+    for _ in range(2):
+        callback.setup(Trainer(logger=False), model, "fit")
+    assert [name for name, one in model.named_children() if one._compiled_call_impl is not None] == ["net"]

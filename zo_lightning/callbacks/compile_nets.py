@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torchmetrics import Metric
@@ -28,9 +29,9 @@ class CompileNets(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compile, once."""
         for net in pl_module.children():
-            if _has_weights(net) and net._compiled_call_impl is None:
+            if _can_compile(net) and net._compiled_call_impl is None:
                 net.compile(**self.settings)
 
 
-def _has_weights(module: nn.Module) -> bool:
-    return not isinstance(module, Metric) and next(module.parameters(), None) is not None
+def _can_compile(module: nn.Module) -> bool:
+    return not isinstance(module, Metric | torch.jit.ScriptModule) and next(module.parameters(), None) is not None
