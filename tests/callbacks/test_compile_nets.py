@@ -42,7 +42,8 @@ def test_a_compiled_net_is_trained_as_the_plain_one(estimator: GradientEstimator
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_what_cannot_be_compiled_stays_as_it_is() -> None:
     model, callback = LightningModule(), CompileNets("eager")
-    model.scripted = torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
+    scripted: Any = torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
+    model.scripted = scripted
     model.metric, model.activation, model.net = MeanMetric(), torch.nn.ReLU(), torch.nn.Linear(2, 2)
     for _ in range(2):
         callback.setup(Trainer(logger=False), model, "fit")
