@@ -58,6 +58,8 @@ class Sensor(LightningDataModule):
         (x, y), (test, targets) = function(5000, 1), function(2000, 2)
         self.test = test @ matrix.T + shift, targets
         held_out = round(self.val_size * len(x)) if self.val_size < 1 else int(self.val_size)
+        if not 0 <= held_out < len(x):
+            raise ValueError(f"val_size={self.val_size} must leave some of the {len(x)} training examples")
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed % 2**63))
         x = x @ matrix.T + shift
         self.train = x[order[held_out:]], y[order[held_out:]]

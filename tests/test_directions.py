@@ -73,15 +73,16 @@ def test_given_memory_takes_the_same_numbers(u: Gaussian, dtype: torch.dtype) ->
 @pytest.mark.parametrize("u", [Gaussian(), Sphere(), Rademacher(), Coordinate(), LowRank(2), Centred(), CENTRED_SPHERE])
 def test_a_stack_takes_the_numbers_of_each_direction(u: Directions, alike: bool) -> None:
     kernel = torch.zeros(4, 3, 5, 5) if alike else torch.zeros(4, 3, 5, 5).to(memory_format=torch.channels_last)
-    weights = [torch.zeros(30, 10), kernel, torch.zeros(7), torch.zeros(())]
+    weights = [torch.zeros(30, 10), kernel, torch.zeros(7), torch.zeros(()), torch.zeros(0, 3), torch.zeros(3, 0)]
     directions = [u.draw(weights, 0, 3, index, still={0: 2}) for index in range(3)]
     stack = Vector.stack(weights, 5).rows(slice(1, 4))
     assert (stack.flat is None) != alike
     hold_all(directions, stack)
     for index, direction in enumerate(directions):
         assert direction.held is not None and direction.held[0][2].count_nonzero() == 0
-        for k, t in enumerate(direction.held):
-            assert torch.equal(t, stack[k][index]) and torch.equal(t, direction[k])
+        alone, other = (u.draw(weights, 0, 3, index, still={0: 2}) for _ in range(2))
+        for k, t in enumerate(alone.tensors()):
+            assert torch.equal(t, stack[k][index]) and torch.equal(t, other[k])
 
 
 def test_numbers_do_not_depend_on_the_threads_or_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

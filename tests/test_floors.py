@@ -20,6 +20,7 @@ FLOORS = {
     "shaping": 0,
     "costs": 0,
     "parameters": -2,
+    "compiled": -2,
     "buffers": -1,
     "random_states": -1,
     "objective": 0,

@@ -122,6 +122,8 @@ def draw_signs(streams: Sequence[Stream], out: Tensor, start: int) -> None:
         out: [streams, n], the numbers of a row side by side in memory.
         start: of the first sign in its stream, a multiple of ``ALIGNMENT``.
     """
+    if not out.numel():
+        return
     if (kernels := _kernels(out.device)) and (indices := _evenly_spaced(streams)):
         kernels.signs(out, start // 256, (streams[0].seed, streams[0].step), indices)
         return
@@ -135,6 +137,8 @@ def draw_normals(streams: Sequence[Stream], out: Tensor, start: int) -> None:
     A number has 16 bits: they choose one of 65,536 equally likely values, the quantiles of the normal distribution
     up to ±4.3, with mean 0 and variance 1. So numbers are the same on every device, to the last bit.
     """
+    if not out.numel():
+        return
     if (kernels := _kernels(out.device)) and (indices := _evenly_spaced(streams)):
         key = streams[0].seed, streams[0].step
         kernels.normals(out, _quantiles(out.device, out.dtype), start // 16, key, indices)

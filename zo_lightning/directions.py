@@ -26,8 +26,8 @@ class Directions(ABC):
     Or a projection in the place of ``I``, for directions that stay in a subspace (``Centred``).
 
     The numbers of a direction are those of one ``Stream``: the tensors of the weights lie in it one after the other. So
-    they are the same on every device, to the last bit for all but ``Sphere`` and ``LowRank``, whose sums may round
-    otherwise there.
+    they are the same on every device, to the last bit for all but ``Sphere``, ``LowRank`` and ``Centred``, whose sums
+    may round otherwise there.
     """
 
     def draw(
@@ -167,7 +167,7 @@ def _norms(tensors: Sequence[Tensor]) -> list[float]:
 def _folded(t: Tensor) -> Tensor:
     """At most some thousand numbers of the same norm: one sum over 17 million in float32 is off by 8e-4 on a CPU."""
     if t.numel() <= _FOLD:
-        return t
+        return t.reshape(-1)  # in one order, whatever its strides
     t = (torch.view_as_real(t) if t.is_complex() else t).reshape(-1)
     whole = len(t) // _FOLD * _FOLD
     return _folded(torch.cat([torch.linalg.vector_norm(t[:whole].view(-1, _FOLD), dim=1), t[whole:]]))

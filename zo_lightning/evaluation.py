@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zo_lightning.black_box import BlackBoxLoss
+from zo_lightning.compiled import as_written
 from zo_lightning.directions import Direction, hold_all
 from zo_lightning.low_rank import Factors
 from zo_lightning.objective import Objective, check_loss
 from zo_lightning.perturbed.many import Displaced, losses_at
 from zo_lightning.perturbed.state import State
-from zo_lightning.perturbed.weights import Recent, Value, Weights, as_written
+from zo_lightning.perturbed.weights import Value, Weights
 from zo_lightning.stencils import Stencil
 
 Probe = tuple[Direction, tuple[float, ...]]
@@ -64,7 +66,8 @@ class OneByOne(Evaluation):
         if isinstance(loss, BlackBoxLoss) and loss.takes_many:
             yield from _together(loss, objective, weights, directions, stencil, state)
             return
-        centre = state.loss_at(objective, weights, _here(weights)) if 0.0 in stencil.offsets else 0.0
+        first, directions = _peek(directions)
+        centre = state.loss_at(objective, weights, state.here(weights, first)) if 0.0 in stencil.offsets else 0.0
         for direction in directions:
             moved = (state.along(weights, direction, offset * stencil.mu) for offset in stencil.offsets if offset)
             losses = iter(objective.read([state.run(objective, weights, at, objective.unread) for at in moved]))
@@ -106,7 +109,7 @@ class Batched(Evaluation):
             return
         offsets = [offset for offset in stencil.offsets if offset]
         is_central = 0.0 not in stencil.offsets
-        at = state.along(weights, drawn[0], offsets[0] * stencil.mu) if is_central else _here(weights)
+        at = state.along(weights, drawn[0], offsets[0] * stencil.mu) if is_central else state.here(weights, None)
         measured = self.chunk_size is not None or state.chunk_size is not None
         with nullcontext() if measured else _Largest() as largest, as_written():  # as vmap runs the others
             first = state.run(objective, weights, at, objective.unread)
@@ -203,8 +206,9 @@ def points(
     weights: Weights, directions: Iterable[Direction], stencil: Stencil, state: State
 ) -> Iterator[tuple[Direction | None, Value]]:
     """The points of a step in the order of ``Told``, each until the next, with its direction."""
+    first, directions = _peek(directions)
     if 0.0 in stencil.offsets:
-        yield None, _here(weights)
+        yield None, state.here(weights, first)
     for direction in directions:
         for offset in stencil.offsets:
             if offset:
@@ -233,6 +237,8 @@ def _together(
     yield from Told(losses).probes(objective, weights, again, stencil, state)
 
 
-def _here(weights: Weights) -> Value:
-    """The weights themselves, watched as other points are: some of PyTorch's functions then round differently."""
-    return Recent(weights, lambda k: weights[k].detach().clone().requires_grad_())  # a loss may write into it
+def _peek(directions: Iterable[Direction]) -> tuple[Direction | None, Iterator[Direction]]:
+    """The first of some directions, if there is one, and all."""
+    rest = iter(directions)
+    first = next(rest, None)
+    return first, rest if first is None else chain([first], rest)

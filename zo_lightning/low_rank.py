@@ -57,7 +57,7 @@ class LowRank(Directions):
     def _numbers(self, weight: Tensor) -> int:
         if weight.ndim < 2:
             return number_of(weight)
-        return self.rank * (weight.shape[0] + number_of(weight[0]))
+        return self.rank * (len(weight) + math.prod(weight.shape[1:]) * (2 if weight.is_complex() else 1))
 
     def _fill(self, place: Tensor, direction: Direction, position: int) -> None:
         start = direction.starts[position]

@@ -47,6 +47,7 @@ class Objective:
         forward_passes: what the calls so far cost, in forward passes of the batch.
         values: the losses that the passes of one estimate gave.
         seen: the losses [B] that they gave, where they were asked by ``losses``.
+        estimate: tells the present estimate from others.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Objective:
         self.inputs = inputs
         self.module = module = as_module(module)
         self.seed = seed
+        self.estimate = object()
         self.forward_passes = 0
         self.values: list[float] = []
         self.seen: list[Tensor] = []
@@ -79,7 +81,7 @@ class Objective:
 
     def begin(self, seed: int) -> None:
         """Begin an estimate: all its probes draw their random numbers from ``seed``."""
-        self.seed, self.values, self.seen = seed, [], []
+        self.seed, self.values, self.seen, self.estimate = seed, [], [], object()
         self._copies = None  # inputs may have other numbers than in an earlier estimate
 
     def __call__(self, within: AbstractContextManager[Any] | None = None) -> float:

@@ -13,14 +13,14 @@ from zo_lightning.callbacks import CompileNets
 from zo_lightning.data import Digits
 
 
-def trained(folder: Path, estimator: GradientEstimator, *callbacks: CompileNets) -> Classifier:
+def trained(folder: Path, estimator: GradientEstimator, *callbacks: CompileNets, whole: bool = False) -> Classifier:
     torch.manual_seed(0)
     model = Classifier(SmallCNN(), estimator, lambda p: torch.optim.SGD(p, lr=0.05))
     quiet: dict[str, Any] = {f"enable_{what}": False for what in ("checkpointing", "model_summary", "progress_bar")}
     trainer = Trainer(
         accelerator="cpu", max_steps=5, logger=False, default_root_dir=folder, callbacks=list(callbacks), **quiet
     )
-    trainer.fit(model, Digits(128, 0, 1))
+    trainer.fit(torch.compile(model, backend="eager") if whole else model, Digits(128, 0, 1))
     return model
 
 
@@ -39,12 +39,22 @@ def test_a_compiled_net_is_trained_as_the_plain_one(estimator: GradientEstimator
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("estimator", [ZerothOrder(seed=0), PerExample(seed=0)], ids=lambda one: type(one).__name__)
+def test_a_module_may_be_compiled_as_a_whole(estimator: GradientEstimator, tmp_path: Path) -> None:
+    """Lightning then compiles its training step, which is to leave the estimator out."""
+    plain, compiled = (trained(tmp_path, estimator, whole=whole) for whole in (False, True))
+    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    torch._dynamo.reset()
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_what_cannot_be_compiled_stays_as_it_is() -> None:
     model, callback = LightningModule(), CompileNets("eager")
     scripted: Any = torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
     model.scripted = scripted
     model.metric, model.activation, model.net = MeanMetric(), torch.nn.ReLU(), torch.nn.Linear(2, 2)
+    model.heads = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.ReLU()])
     for _ in range(2):
-        callback.setup(Trainer(logger=False), model, "fit")
-    assert [name for name, one in model.named_children() if one._compiled_call_impl is not None] == ["net"]
+        callback.on_fit_start(Trainer(logger=False), model)
+    assert [name for name, one in model.named_modules() if one._compiled_call_impl is not None] == ["net", "heads.0"]

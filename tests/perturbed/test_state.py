@@ -18,6 +18,7 @@ from zo_lightning import (
     NonFiniteLoss,
     Objective,
     Rademacher,
+    Stencil,
     ZerothOrder,
 )
 from zo_lightning.perturbed.state import State
@@ -268,7 +269,8 @@ def test_passes_are_watched_only_until_a_step_has_shown_everything(monkeypatch: 
     assert len(watched) == 4
 
 
-def test_a_step_is_of_compiled_passes_or_of_passes_as_they_were_written() -> None:
+@pytest.mark.parametrize(("stencil", "passes"), [(CentralDifference(), 4), (ForwardDifference(), 3)])
+def test_a_step_is_of_compiled_passes_or_of_passes_as_they_were_written(stencil: Stencil, passes: int) -> None:
     """Compiled code may draw other masks: between two kinds of passes a difference would say nothing."""
     net, kinds = nn.Sequential(nn.Linear(3, 2)), []
     compiled: Any = torch.compile(net, backend="eager")
@@ -277,12 +279,40 @@ def test_a_step_is_of_compiled_passes_or_of_passes_as_they_were_written() -> Non
         kinds.append(torch._dynamo.eval_frame._stance.stance)
         return compiled(torch.ones(1, 3)).sum()
 
-    estimator = ZerothOrder(samples=2, seed=0)
+    estimator = ZerothOrder(stencil=stencil, samples=2, seed=0)
     state = estimator.init(net)
     for step in range(2):
         estimator.backward(loss, net, step, state)
-    assert kinds == ["force_eager"] * 4 + ["default"] * 4
+    assert kinds == ["force_eager"] * passes + ["default"] * passes
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_an_input_that_is_written_into_before_torchscript_is_put_back() -> None:
+    """Though no use of a weight shows, what the loss writes into does."""
+    plain, x = nn.Linear(3, 2), torch.ones(4, 3)
+    scripted: Any = torch.jit.trace(plain, x)
+    estimates = []
+    for net in (plain, scripted):
+        objective = Objective(lambda net=net: net(x.sub_(0.5)).square().mean(), net, inputs=[x])
+        estimator = ZerothOrder(seed=0)
+        estimator.backward(objective, net, 0, estimator.init(net))
+        assert torch.equal(x, torch.ones(4, 3)), "nothing is kept but by commit"
+        estimates.append([p.grad for p in net.parameters()])
+        net.zero_grad()
+    torch.testing.assert_close(*estimates)
+
+
+def test_weights_come_back_where_a_watch_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("no stance")
+
+    monkeypatch.setattr("zo_lightning.perturbed.weights.as_written", refuse)
+    net = nn.Linear(3, 2)
+    before = net.weight.clone()
+    with pytest.raises(RuntimeError, match="no stance"), DisplacedWeights([net.weight], lambda k: before + 1, [0]):
+        pass
+    assert torch.equal(net.weight, before)
 
 
 def test_gradients_that_a_loss_reads_are_those_of_the_step_before() -> None:

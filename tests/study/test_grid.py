@@ -160,6 +160,16 @@ def test_tasks_and_budgets_are_axes(declared: Path) -> None:
     assert copy.cells() == study.cells() and copy.trial_cells() == trials
 
 
+def test_a_task_may_name_the_class_alone(declared: Path) -> None:
+    text = {**yaml.safe_load(TASKS), "tasks": {"a": {"base": "base.yaml"}, "b": {"model": "mine.Model"}}}
+    (declared.parent / "tasks.yaml").write_text(yaml.safe_dump(text))
+    cells = {(cell.method, cell.task): cell for cell in read_study(declared.parent / "tasks.yaml").cells()}
+    assert cells["FO", "b"].overlays[1:] == (
+        {"model": "mine.Model"},
+        {"model": {"init_args": {"estimator": "Backprop"}}},
+    )
+
+
 def test_settings_of_the_model_are_those_of_the_class_that_a_task_names(declared: Path) -> None:
     net = {"class_path": "mine.Net"}
     task = {"model": {"class_path": "Regressor", "init_args": {"net": net}}}

@@ -1,5 +1,6 @@
 """Nets compiled by ``torch.compile``."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torchmetrics import Metric
 
 class CompileNets(Callback):
     """Compile what a module is made of, each module within it that has weights, before the first pass.
+
+    Those are its children, and the members of children that are lists or dictionaries of modules. What is compiled is
+    their call; a method of theirs that is called by its name is not.
 
     ``Backprop`` gains as everywhere, and ``ZerothOrder`` from its second step on (docs/how_it_works.md): the first is
     watched, as every step is where memory is lean, weights are frozen or inputs are above 4 MB. Passes that are watched
@@ -26,12 +30,16 @@ class CompileNets(Callback):
     def __init__(self, backend: str = "inductor", mode: str | None = None, dynamic: bool | None = None) -> None:
         self.settings: dict[str, Any] = {"backend": backend, "mode": mode, "dynamic": dynamic}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compile, once."""
-        for net in pl_module.children():
-            if _can_compile(net) and net._compiled_call_impl is None:
+        for net in _nets(pl_module):
+            if net._compiled_call_impl is None:
                 net.compile(**self.settings)
 
 
-def _can_compile(module: nn.Module) -> bool:
-    return not isinstance(module, Metric | torch.jit.ScriptModule) and next(module.parameters(), None) is not None
+def _nets(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _nets(child)
+        elif not isinstance(child, Metric | torch.jit.ScriptModule) and next(child.parameters(), None) is not None:
+            yield child

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import Self
 
+from zo_lightning.compiled import untraced
 from zo_lightning.objective import Objective
 from zo_lightning.parameters import Parameters, as_module
 from zo_lightning.perturbed.state import State
@@ -115,6 +116,7 @@ class GradientEstimator(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be replayed from slopes: its estimate takes more")
 
+    @untraced
     def backward(self, loss: Loss | Objective, module: Parameters, step: int, state: State | None = None) -> Tensor:
         """Add an estimate of the gradient of ``loss`` to ``.grad`` of the trained weights, as ``loss.backward()`` does.
 
@@ -141,6 +143,7 @@ class GradientEstimator(ABC):
                 p.grad = gradient if p.grad is None else p.grad.add_(gradient)
         return estimate.loss
 
+    @untraced
     def update(
         self,
         optimizer: torch.optim.Optimizer,

@@ -11,6 +11,7 @@ from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from zo_lightning.compiled import untraced
 from zo_lightning.costs import FlopMeter
 from zo_lightning.estimators import Backprop, GradientEstimator
 from zo_lightning.estimators.base import Estimate, step_by_tensor
@@ -150,6 +151,7 @@ class Driver:
             for group in self._optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
 
+    @untraced
     def training_step(self, ask: Callable[..., Any], module: LightningModule, *args: Any, **kwargs: Any) -> Any:
         """Estimate the gradient of a step's loss; return its output with a loss that hands the estimate to autograd.
 

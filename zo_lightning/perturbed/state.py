@@ -31,7 +31,8 @@ class State:
         self.visible: dict[str, bool] = {}
         self.chunk_size: int | None = None
         self._shown: list[str] = []  # names of the weights, once a pass has shown that nothing has to be watched
-        self._shown_in: int | None = None  # the seed of the estimate in which it did
+        self._estimate: object = None  # the latest, and whether its passes are not watched
+        self._exchanges = False
         self._scratch: dict[str, list[tuple[Vector, int | None, list[Any]]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -44,7 +45,8 @@ class State:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what ``state_dict`` gave."""
-        self.visible, self.chunk_size, self._shown = dict(state["visible"]), state["chunk_size"], list(state["shown"])
+        self.visible, self.chunk_size = dict(state["visible"]), state["chunk_size"]
+        self._shown = list(state.get("shown", ()))
 
     def run(self, objective: Objective, weights: Weights, value: Value, ask: Callable[[Any], T]) -> T:
         """What ``ask`` returns for the context of a pass in which the uses of the weights see ``value``.
@@ -54,9 +56,10 @@ class State:
         asked for no ``.grad``, those of later steps are not watched. Within a step all are watched or none: compiled
         code, which runs as it was written where it is watched, rounds otherwise, and draws other dropout masks.
         """
-        if isinstance(value, Points) and self._can_exchange(objective, weights):
+        if self._can_exchange(objective, weights) and isinstance(value, Points):
             answer = ask(ExchangedWeights(weights, value))
-            self._shown = [] if objective.has_written else weights.names
+            if objective.has_written:
+                self._shown, self._exchanges = [], False
             return answer
         hidden = {k for k, name in enumerate(weights.names) if not self.visible.get(name, k not in weights.opaque)}
         watched = DisplacedWeights(weights, value, hidden, objective.before_write)
@@ -64,7 +67,7 @@ class State:
         new = [k for k, name in enumerate(weights.names) if name not in self.visible]
         touches = objective.has_written or watched.reads_gradients
         if not touches and len(watched.seen) == len(weights) and all(map(_is_plain, weights)):
-            self._shown, self._shown_in = weights.names, objective.seed
+            self._shown = weights.names
         if not new:
             return answer
         self.visible |= {weights.names[k]: k in watched.seen for k in new}
@@ -74,8 +77,11 @@ class State:
         return answer if watched.seen | hidden >= set(new) else self.run(objective, weights, value, ask)
 
     def _can_exchange(self, objective: Objective, weights: Weights) -> bool:
-        shown = self._shown == weights.names and self._shown_in != objective.seed and not weights.opaque
-        return shown and not weights.frozen and objective.keeps_inputs()
+        if self._estimate is not objective.estimate:  # the first pass of a step decides for all
+            self._estimate = objective.estimate
+            shown = self._shown == weights.names and not weights.opaque and not weights.frozen
+            self._exchanges = shown and objective.keeps_inputs()
+        return self._exchanges
 
     def loss_at(self, objective: Objective, weights: Weights, value: Value) -> float:
         """The loss where the uses of the weights see ``value``.
@@ -107,12 +113,26 @@ class State:
                 return torch.add(weights[position].detach(), u, alpha=distance, out=u).requires_grad_()
 
             return Recent(weights, moved)
+        points = self._points(weights)
+        for p, u, point in zip(weights.params, direction.held, points, strict=True):
+            torch.add(p, u, alpha=distance, out=point)
+        return points
+
+    @torch.no_grad()
+    def here(self, weights: Weights, direction: Direction | None) -> Value:
+        """The weights themselves, as ``along`` gives the points of a direction, so that passes are alike."""
+        if direction is None or direction.held is None:  # a loss may write into it
+            return Recent(weights, lambda k: weights[k].detach().clone().requires_grad_())
+        points = self._points(weights)
+        for p, point in zip(weights.params, points, strict=True):
+            point.copy_(p)
+        return points
+
+    def _points(self, weights: Weights) -> Points:
         points = self.scratch("points", weights)
         if not points[0].requires_grad:  # new ones
             for point in points:
                 point.requires_grad_()
-        for p, u, point in zip(weights.params, direction.held, points, strict=True):
-            torch.add(p, u, alpha=distance, out=point)
         return Points(points)
 
     def scratch(self, name: str, weights: Weights, rows: int | None = None) -> Vector:

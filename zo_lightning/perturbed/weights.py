@@ -1,6 +1,5 @@
 """A forward pass in which every use of a weight sees another tensor in its place, while the weight stays untouched."""
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch.backends import mha
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
+from zo_lightning.compiled import as_written
 from zo_lightning.parameters import submodules
 
 Value = Callable[[int], Tensor]
@@ -93,11 +93,6 @@ class Weights(Sequence[nn.Parameter]):
 _EMBEDDINGS = nn.Embedding, nn.EmbeddingBag
 
 
-def as_written() -> AbstractContextManager[Any]:
-    """Context in which what ``torch.compile`` has made runs as it was written, so that its functions can be watched."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
 class DisplacedWeights(TorchFunctionMode):
     """Context of a forward pass in which uses of weights see other tensors: no weight is written, whatever happens.
 
@@ -140,21 +135,18 @@ class DisplacedWeights(TorchFunctionMode):
         try:
             for position in self.in_place:
                 self.weights[position].data.copy_(self.value(position))
+            self._written = as_written()
+            self._written.__enter__()
         except BaseException:
             self._put_back()
             raise
-        if not self.positions:
-            return self
-        self._written = as_written()
-        self._written.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         """End the pass."""
         try:
-            if self.positions:
-                super().__exit__(*error)
-                self._written.__exit__(*error)
+            super().__exit__(*error)
+            self._written.__exit__(*error)
         finally:
             self._put_back()
 

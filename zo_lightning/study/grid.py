@@ -13,7 +13,7 @@ Overlay = dict[str, Any]
 _LONGEST = 80
 TRIALS = "_trials"
 """The folder of a study's trials; no method's has this name."""
-_OF_A_CLASS = {"class_path", "init_args"}
+_OF_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
 
 
 @dataclass(frozen=True)
@@ -200,12 +200,19 @@ class Study:
     def _overlays(self, method: str, task: str) -> tuple[Overlay, ...]:
         overlays = (*self.common, *self.tasks[task], *self.methods[method].at(task))
         models = [overlay.get("model") or {} for overlay in overlays]
-        if not any("class_path" in model for model in models):
+        if not any(isinstance(model, str) or "class_path" in model for model in models):
             return overlays
         return tuple(
-            {**overlay, "model": {"init_args": model}} if model and not model.keys() & _OF_A_CLASS else overlay
+            overlay if isinstance(model, str) or not model.keys() - _OF_A_CLASS else {**overlay, "model": _args(model)}
             for overlay, model in zip(overlays, models, strict=True)
         )
+
+
+def _args(model: Overlay) -> Overlay:
+    """The settings of a model as arguments of its class."""
+    about = {key: value for key, value in model.items() if key in _OF_A_CLASS}
+    rest = {key: value for key, value in model.items() if key not in _OF_A_CLASS}
+    return {**about, "init_args": {**about.get("init_args", {}), **rest}}
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> str | None:
