@@ -20,7 +20,8 @@ def trained(folder: Path, estimator: GradientEstimator, *callbacks: CompileNets,
     trainer = Trainer(
         accelerator="cpu", max_steps=5, logger=False, default_root_dir=folder, callbacks=list(callbacks), **quiet
     )
-    trainer.fit(torch.compile(model, backend="eager") if whole else model, Digits(128, 0, 1))
+    fitted: Any = torch.compile(model, backend="eager") if whole else model
+    trainer.fit(fitted, Digits(128, 0, 1))
     return model
 
 
