@@ -141,4 +141,4 @@ def _trials(study: Study, folder: Path) -> pd.DataFrame:
                     "chosen": chosen.get((cell.method, cell.task)) == cell.lr,
                 }
             )
-    return pd.DataFrame(rows, columns=list(TRIALS))
+    return pd.DataFrame(rows, columns=list(TRIALS)).round({"accuracy": 5, "loss": 5})
