@@ -197,8 +197,9 @@ THEIRS = "from zo_lightning import SmallCNN as MyNet\nfrom pytorch_lightning.dem
 
 @pytest.fixture
 def their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What command lines name: runs, projects, files of one's own."""
+    """What command lines name: runs, projects, files of one's own, and the repository's examples."""
     monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(ROOT / "examples")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", ["zo-lightning"])
     Path("their_package.py").write_text(f"{THEIRS}class LitNet(BoringModel): pass\n")
