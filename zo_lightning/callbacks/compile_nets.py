@@ -23,7 +23,7 @@ class CompileNets(Callback):
 
     Args:
         backend: of ``torch.compile``.
-        mode: of ``torch.compile``, such as ``"max-autotune"``.
+        mode: of ``torch.compile``, such as ``"max-autotune-no-cudagraphs"``; graphs of CUDA have not been tried.
         dynamic: whether shapes may change; None: code for the shapes seen, and other code once they change.
     """
 
