@@ -149,7 +149,7 @@ def test_table_alone_gives_the_same_figures(home: Path, tmp_path: Path) -> None:
 def test_foreign_table_is_refused(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
     assert main(["report", str(tmp_path / "mine.csv")]) == 2
-    assert "no table of runs with budgets: its first line is to be task,method," in capsys.readouterr().err
+    assert "not the results.csv of a report, which begins with 'method,task,data,d," in capsys.readouterr().err
 
 
 def test_dry_run_lists_trials_and_budgets(home: Path, monkeypatch: Any, capsys: Any) -> None:

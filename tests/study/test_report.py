@@ -57,6 +57,40 @@ def test_tables_and_summary(report: Path, results: Results) -> None:
     assert "| ScalableCNN 1 | ZO-AdaMM | 10,602 | 2 | 3 |" in summary
 
 
+def test_tables_alone_give_the_same_figures_but_those_of_snapshots(report: Path, tmp_path: Path) -> None:
+    kept, output = tmp_path / "tiny", tmp_path / "again"
+    kept.mkdir()
+    for table in report.glob("*.csv"):
+        shutil.copy(table, kept)
+    assert main(["report", str(kept / "results.csv"), "--output", str(output)]) == 0
+    of_snapshots = {name for name in FIGURES if name == "filters" or name.startswith("tsne_")}
+    assert {path.stem for path in output.glob("*.png")} == FIGURES - of_snapshots
+    for name in ("results.csv", "similarity.csv", "line.csv", "sharpness.csv"):
+        assert (output / name).read_bytes() == (report / name).read_bytes(), name
+    there, here = ((folder / "summary.md").read_text() for folder in (report, output))
+    assert here[: here.index("![")] == there[: there.index("![")]  # claims, table and answers
+
+
+def test_curves_of_other_data_than_the_published_ones_are_not_set_beside_those(report: Path) -> None:
+    table = pd.read_csv(report / "results.csv")
+    assert set(table["data"]) == {"Digits"} and "published" not in (report / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text.replace("method,task", "task,method"), "not the results.csv of a report"),
+        (lambda text: text.splitlines()[0], "has no rows"),
+        (lambda text: text + "FO,x,Digits,many,1,1,1,1,1,1,1,1,1\n", "is damaged: "),
+    ],
+)
+def test_table_that_is_none_is_refused(report: Path, tmp_path: Path, capsys: Any, change: Any, said: str) -> None:
+    (tmp_path / "results.csv").write_text(change((report / "results.csv").read_text()))
+    assert main(["report", str(tmp_path / "results.csv"), "--output", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_key_figures_are_in_tensorboard(report: Path) -> None:
     tags = EventAccumulator(str(report)).Reload().Tags()["images"]
     assert {"study/accuracy", "study/final_accuracy", "study/exponent"} <= set(tags)

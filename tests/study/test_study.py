@@ -248,7 +248,7 @@ BAD_WORDS = {
     "study -c tiny.yaml --data MNIST --data.root nowhere --data.download false": ".*root 'nowhere' does not exist; .*",
     "report": "the following arguments are required: folder",
     "report nowhere": "'nowhere' does not exist",
-    "report tiny.yaml": "'tiny.yaml' is no study's folder, and no table of runs with budgets: .*",
+    "report tiny.yaml": "'tiny.yaml' is no study's folder, and not the results.csv of a report, which begins with .*",
     "report empty": "'empty' holds no study: it has no study.yaml",
     "report begun": r"'begun': none of its 8 cells is finished \(not begun, not finished\)",
 }

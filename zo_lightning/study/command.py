@@ -68,7 +68,7 @@ def report(words: list[str], fit: "Fit") -> int:
     """
     parser = CommandParser(prog="zo-lightning report", description=OTHERS["report"].capitalize() + ".")
     parser.add_argument(
-        "folder", type=Path, help="a study's folder, such as lightning_logs/smoke, or results.csv of runs with budgets"
+        "folder", type=Path, help="a study's folder, such as lightning_logs/smoke, or a report's results.csv"
     )
     parser.add_argument(
         "--output", type=Path, help="where the report is written; default: <folder>/report, of a file <file's folder>"

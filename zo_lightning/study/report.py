@@ -18,8 +18,9 @@ from zo_lightning.study.figures.panels import legend, split
 from zo_lightning.study.folder import read_declaration
 from zo_lightning.study.minima import LINE, SHARPNESS, measure_minima
 from zo_lightning.study.page import html, markdown
-from zo_lightning.study.results import COLUMNS, Results, read_results, write_results
+from zo_lightning.study.results import COLUMNS, Results, has_epochs, read_results, write_results
 from zo_lightning.study.runs import Fit
+from zo_lightning.study.runs_table import COLUMNS as BUDGET_COLUMNS
 from zo_lightning.study.runs_table import has_columns, read_runs
 from zo_lightning.study.sections import Drawing, Section, minima_section, sections_of
 from zo_lightning.study.weights import Progress, similarity
@@ -36,8 +37,8 @@ def write_report(
     The key figures go to TensorBoard as well. Nothing is trained; ``build`` makes the nets and the data of which the
     loss is evaluated, where their classes are ours or PyTorch's, or ``trusted``. What is missing in an unfinished study
     is named, and the rest is drawn. Weights take room, and may be deleted once a report has measured them: what
-    ``output`` says of a finished run whose weights are gone stays. ``source`` is the folder of a study, or a table that
-    the report on a study with budgets has written.
+    ``output`` says of a finished run whose weights are gone stays. ``source`` is the folder of a study, or the
+    ``results.csv`` of a report; what its report has measured of weights is taken from the tables beside that.
 
     Returns:
         The page.
@@ -45,17 +46,18 @@ def write_report(
     Raises:
         UserError: the folder holds no study with a finished cell, or ``output`` holds something other than a report.
     """
-    if source.is_file() or read_declaration(source).budgets:
+    if _has_budgets(source):
         return _write_budget_report(source, output, progress)
     results = read_results(source)
     _claim(output)
-    similar = _with_earlier(similarity(results, progress), output / "similarity.csv", results)
+    earlier = source.parent if source.is_file() else output
+    similar = _with_earlier(similarity(results, progress), earlier / "similarity.csv", results)
     try:
         (line, around), unmeasured = measure_minima(results, build, progress, trusted), ""
     except UserError as error:  # the runs' data are gone, or their code is not to be run; the rest needs neither
         line, around, unmeasured = pd.DataFrame(columns=list(LINE)), pd.DataFrame(columns=list(SHARPNESS)), str(error)
     line, around = (
-        _with_earlier(new, output / f"{name}.csv", results) for name, new in (("line", line), ("sharpness", around))
+        _with_earlier(new, earlier / f"{name}.csv", results) for name, new in (("line", line), ("sharpness", around))
     )
     table, claims = final_table(results), claims_of(results, similar, around)
     sections = [*sections_of(results, similar), minima_section(results, line, around, unmeasured)]
@@ -84,6 +86,22 @@ def _with_earlier(measured: pd.DataFrame, file: Path, results: Results) -> pd.Da
     if measured.empty:  # whose columns have no types
         return earlier.loc[kept].reset_index(drop=True)
     return pd.concat([measured, earlier.loc[kept]], ignore_index=True) if any(kept) else measured
+
+
+def _has_budgets(source: Path) -> bool:
+    """Whether a study, or a table of one, is of runs with budgets.
+
+    Raises:
+        UserError: it is neither of them.
+    """
+    if not source.is_file():
+        return bool(read_declaration(source).budgets)
+    if has_columns(source) or has_epochs(source):
+        return has_columns(source)
+    raise UserError(
+        f"'{source}' is no study's folder, and not the results.csv of a report, which begins with "
+        f"'{','.join(COLUMNS)}' or, of runs with budgets, '{','.join(BUDGET_COLUMNS)}'"
+    )
 
 
 def _write_budget_report(source: Path, output: Path, progress: Progress) -> Path:
@@ -145,9 +163,4 @@ def _claim(output: Path) -> None:
 
 def _is_report(output: Path) -> bool:
     table = output / "results.csv"
-    if not table.is_file():
-        return False
-    if has_columns(table):
-        return True
-    with table.open(encoding="utf-8", errors="replace") as file:
-        return file.readline().rstrip("\n") == ",".join(COLUMNS)
+    return table.is_file() and (has_columns(table) or has_epochs(table))

@@ -1,4 +1,4 @@
-"""The table of a study's results, read from its runs, and the published numbers to set beside them."""
+"""The table of a study's results, from its runs or from a file, and the published numbers to set beside them."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 
 from zo_lightning.study.folder import FINISHED, is_finished, read_declaration
-from zo_lightning.study.grid import Cell, Study
+from zo_lightning.study.grid import Cell, Method, Study
 from zo_lightning.study.runs import FAILED
 from zo_lightning.user_errors import UserError
 
@@ -25,7 +25,7 @@ _METRICS = {
     "epoch/flops": "flops",
     "epoch/seconds": "epoch_seconds",
 }
-COLUMNS = ("method", "task", "d", "seed", "epoch", *_METRICS.values(), "seconds")
+COLUMNS = ("method", "task", "data", "d", "seed", "epoch", *_METRICS.values(), "seconds")
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Results:
     """What a study has brought so far.
 
     Attributes:
-        study: its declaration.
-        folder: of the study.
-        table: one row per finished cell and epoch, with `COLUMNS`. ``epoch`` counts from 1, ``d`` is the number of
-            weights, ``forward_passes`` (of a batch), ``flops`` (floating-point operations, NaN where a run has not
-            counted them) and ``seconds`` (of training steps) add up from the beginning.
+        study: its declaration; of a table in a file, the names in it, the first method the reference.
+        folder: of the study; of a table in a file, the file's, which need not hold runs.
+        table: one row per finished cell and epoch, with `COLUMNS`. ``data`` is their class, ``epoch`` counts from 1,
+            ``d`` is the number of weights, ``forward_passes`` (of a batch), ``flops`` (floating-point operations, NaN
+            where a run has not counted them) and ``seconds`` (of training steps) add up from the beginning.
         missing: cells without a run, and why.
         published: the published numbers, or None where the study's data are others.
     """
@@ -77,30 +77,65 @@ class Results:
         return dict(sorted(sizes.items(), key=lambda item: item[1]))
 
 
-def read_results(folder: Path) -> Results:
-    """Read the finished runs of a study; nothing is trained and nothing is written.
+def read_results(source: Path) -> Results:
+    """Read the finished runs of a study's folder, or the table of them that a report has written.
+
+    Nothing is trained and nothing is written.
 
     Raises:
-        UserError: the folder holds no study, or one without a finished cell.
+        UserError: the folder holds no study, or one without a finished cell; or the file is no such table.
     """
+    return _from_file(source) if source.is_file() else _from_folder(source)
+
+
+def has_epochs(path: Path) -> bool:
+    """Whether a file is a table with `COLUMNS`, a row per run and epoch."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().rstrip("\n") == ",".join(COLUMNS)
+
+
+def _from_file(path: Path) -> Results:
+    if not has_epochs(path):
+        raise UserError(f"'{path}' is no table of training curves: its first line is to be {','.join(COLUMNS)}")
+    try:
+        table = pd.read_csv(path, dtype=str)  # Python's own conversion of numbers: exact to the last bit
+        table = table.astype(dict.fromkeys(("d", "seed", "epoch"), int))
+        table = table.astype(dict.fromkeys((*_METRICS.values(), "seconds"), float))
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged: {error}") from error
+    if table.empty:
+        raise UserError(f"'{path}' has no rows")
+    methods, tasks, seeds = (list(dict.fromkeys(table[column])) for column in ("method", "task", "seed"))
+    study = Study(
+        name=path.parent.name if path.stem == "results" else path.stem,
+        common=(),
+        methods=dict.fromkeys(methods, Method(())),
+        tasks=dict.fromkeys(tasks, ()),
+        seeds=tuple(seeds),
+        reference=methods[0],
+    )
+    there = set(table[["method", "task", "seed"]].itertuples(index=False, name=None))
+    missing = {c: "not in the table" for c in study.cells() if (c.method, c.task, c.seed) not in there}
+    return Results(study, path.parent, table, missing, _published_for(table))
+
+
+def _from_folder(folder: Path) -> Results:
     study = read_declaration(folder)
-    tables, missing, data = [], {}, set()
+    tables, missing = [], {}
     for cell in study.cells():
         run = folder / cell.folder
         if not is_finished(folder, cell):
             missing[cell] = "failed" if (run / FAILED).is_file() else "not finished" if run.exists() else "not begun"
             continue
         try:
-            table = _read_run(run, cell)
-            data.add(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["class_path"])
-            tables.append(table)
+            tables.append(_read_run(run, cell))
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
             missing[cell] = f"damaged ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
     if not tables:
         reasons = sorted(set(missing.values()))
         raise UserError(f"'{folder}': none of its {len(missing)} cells is finished ({', '.join(reasons)})")
-    is_published = {name.rpartition(".")[2] for name in data} == {"MNIST"}
-    return Results(study, folder, pd.concat(tables, ignore_index=True), missing, published() if is_published else None)
+    table = pd.concat(tables, ignore_index=True)
+    return Results(study, folder, table, missing, _published_for(table))
 
 
 def published() -> pd.DataFrame:
@@ -111,6 +146,10 @@ def published() -> pd.DataFrame:
     """
     table = pd.read_csv(PUBLISHED, comment="#")
     return table.assign(method=table["method"].map(_PUBLISHED_NAMES))
+
+
+def _published_for(table: pd.DataFrame) -> pd.DataFrame | None:
+    return published() if set(table["data"]) == {"MNIST"} else None
 
 
 def published_at(results: Results, method: str, d: int) -> pd.DataFrame:
@@ -129,7 +168,8 @@ def write_results(results: Results, path: Path) -> None:
 
 def _read_run(run: Path, cell: Cell) -> pd.DataFrame:
     about: dict[str, Any] = yaml.safe_load((run / FINISHED).read_text(encoding="utf-8"))
-    log = pd.read_csv(run / "metrics.csv", dtype=str).astype(float)  # Python's own conversion: exact to the last bit
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    log = pd.read_csv(run / "metrics.csv", dtype=str).astype(float)  # exact, as above
     by_epoch = log[log["epoch"].notna()].groupby("epoch").last()  # of each column the last value
     table = by_epoch.reindex(columns=list(_METRICS)).rename(columns=_METRICS).dropna(subset=["val_accuracy"])
     if table.empty:
@@ -138,6 +178,7 @@ def _read_run(run: Path, cell: Cell) -> pd.DataFrame:
         epoch=lambda t: t["epoch"].astype(int) + 1,
         method=cell.method,
         task=cell.task,
+        data=config["data"]["class_path"].rpartition(".")[2],
         d=int(about["parameters"]),
         seed=cell.seed,
         seconds=by_epoch["epoch/seconds"].cumsum().reindex(table.index).to_numpy(),

@@ -75,10 +75,7 @@ def has_columns(path: Path) -> bool:
 
 def _from_file(path: Path) -> Runs:
     if not has_columns(path):
-        line = ",".join(COLUMNS)
-        raise UserError(
-            f"'{path}' is no study's folder, and no table of runs with budgets: its first line is to be {line}"
-        )
+        raise UserError(f"'{path}' is no table of runs with budgets: its first line is to be {','.join(COLUMNS)}")
     try:
         table = pd.read_csv(path, dtype={"task": str, "method": str, "device": str})
         table = table.astype(dict.fromkeys(("budget", "seed", "d", "steps"), int))

@@ -82,8 +82,8 @@ def sections_of(results: Results, similar: pd.DataFrame) -> list[Section]:
                     "exponent",
                     lambda: figures.slowdown_exponent(results),
                     "First: ratio of the validation losses against d after the last epoch that all runs have, every "
-                    "seed a mark, with the fitted power of d; grey and dotted: published. Second: the fitted exponent "
-                    "over training; band: 95 % interval, dashed: 1/2.",
+                    f"seed a mark, with the fitted power of d{'; grey and dotted: published' if dotted else ''}. "
+                    "Second: the fitted exponent over training; band: 95 % interval, dashed: 1/2.",
                     key=True,
                 ),
             ],
