@@ -46,6 +46,22 @@ def encode(tokenizer: Any, rows: list[tuple[str, int]], prompt: str, length: int
     return TensorDataset(torch.tensor(tokens), torch.tensor(masks), torch.tensor([label for _, label in rows]))
 
 
+def answers(tokenizer: Any, prompt: str, words: tuple[str, str]) -> list[int]:
+    """The first token of each answer to a prompt."""
+    end = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    found = [tokenizer(prompt + word, add_special_tokens=False)["input_ids"][end] for word in words]
+    if found[0] == found[1]:
+        raise ValueError(f"words {words[0]!r} and {words[1]!r} begin with the same token: choose others")
+    return found
+
+
+def answered(net: Any, tokens: Tensor, mask: Tensor, choices: list[int]) -> Tensor:
+    """The logits [B, 2] of the answers to sentences [B, L], which are filled up at the left."""
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    out = net(input_ids=tokens, attention_mask=mask, position_ids=places, logits_to_keep=1, use_cache=False)
+    return out.logits[:, -1, choices]
+
+
 class Reviews(LightningDataModule):
     """Sentences for a model's tokenizer. ``part`` is what is trained on: ``train``, or what pretraining has used."""
 
@@ -96,11 +112,7 @@ class LitPrompt(LightningModule):
     ) -> None:
         super().__init__()
         self.net: Any = AutoModelForCausalLM.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        tokens = [tokenizer(prompt + word, add_special_tokens=False)["input_ids"] for word in words]
-        self.answers = [line[len(tokenizer(prompt, add_special_tokens=False)["input_ids"])] for line in tokens]
-        if self.answers[0] == self.answers[1]:
-            raise ValueError(f"words {words[0]!r} and {words[1]!r} begin with the same token: choose others")
+        self.answers = answers(AutoTokenizer.from_pretrained(model), prompt, words)
         if lora:
             self.net = get_peft_model(self.net, LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear"))
         else:
@@ -110,9 +122,7 @@ class LitPrompt(LightningModule):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """The logits of the answers."""
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        out = self.net(input_ids=tokens, attention_mask=mask, position_ids=places, logits_to_keep=1, use_cache=False)
-        return out.logits[:, -1, self.answers]
+        return answered(self.net, tokens, mask, self.answers)
 
     def training_step(self, batch: list[Tensor], _: int) -> dict[str, Tensor]:
         losses = F.cross_entropy(self(*batch[:2]), batch[2], reduction="none")
