@@ -10,16 +10,14 @@ zo-lightning study -c examples/benchmark_black_boxes.yaml --data.root data  # by
 import argparse
 
 import torch
-from pytorch_lightning import LightningDataModule
 from sklearn.datasets import make_friedman1
 from sklearn.ensemble import GradientBoostingRegressor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zo_lightning.data.batches import ShuffledBatches, TensorBatches
+from examples.split_data import Pair, SplitData
 
 INPUTS = 10
-Pair = tuple[Tensor, Tensor]
 
 
 def function(examples: int, seed: int) -> Pair:
@@ -35,47 +33,14 @@ def sensor() -> Pair:
     return torch.eye(INPUTS) + mixed, 0.3 * torch.randn(INPUTS, generator=stream)
 
 
-class Sensor(LightningDataModule):
-    """5,000 examples for training and 2,000 for testing, as the sensor says.
+class Sensor(SplitData):
+    """5,000 examples for training and 2,000 for testing, as the sensor says."""
 
-    Args:
-        batch_size: examples per batch.
-        val_size: the number of training examples that are held out, or their share; 0 validates on the test set.
-        seed: decides the split and the order of the batches; None takes PyTorch's own.
-        root: of files; there are none.
-    """
-
-    def __init__(
-        self, batch_size: int = 128, val_size: int | float = 0, seed: int | None = None, root: str = "data"
-    ) -> None:
-        super().__init__()
-        self.batch_size, self.val_size = batch_size, val_size
-        self.seed = torch.initial_seed() if seed is None else seed
-
-    def setup(self, stage: str | None = None) -> None:
+    def load(self) -> tuple[Pair, Pair]:
         """Make the data."""
         matrix, shift = sensor()
         (x, y), (test, targets) = function(5000, 1), function(2000, 2)
-        self.test = test @ matrix.T + shift, targets
-        held_out = round(self.val_size * len(x)) if self.val_size < 1 else int(self.val_size)
-        if not 0 <= held_out < len(x):
-            raise ValueError(f"val_size={self.val_size} must leave some of the {len(x)} training examples")
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed % 2**63))
-        x = x @ matrix.T + shift
-        self.train = x[order[held_out:]], y[order[held_out:]]
-        self.val = (x[order[:held_out]], y[order[:held_out]]) if held_out else self.test
-
-    def train_dataloader(self) -> ShuffledBatches:
-        """In a new order every epoch."""
-        return ShuffledBatches(*self.train, self.batch_size, self.seed)
-
-    def val_dataloader(self) -> TensorBatches:
-        """What was held out, or else the test set."""
-        return TensorBatches(*self.val, self.batch_size)
-
-    def test_dataloader(self) -> TensorBatches:
-        """The test set."""
-        return TensorBatches(*self.test, self.batch_size)
+        return (x @ matrix.T + shift, y), (test @ matrix.T + shift, targets)
 
 
 class Recalibrated(nn.Module):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import zo_lightning as zo
 from zo_lightning.commands import main
+from zo_lightning.study.declared import read_study
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -20,6 +21,7 @@ pytest.importorskip("peft")
 from examples.language_model.methods import METHODS
 from examples.language_model.pretrain import pretrain
 from examples.language_model.prompts import LitPrompt, Reviews, read
+from examples.language_model.study import Prompted, Sentences
 
 ROOT = Path(__file__).resolve().parents[1]
 YAML = ROOT / "examples" / "language_model" / "sentiment.yaml"
@@ -115,6 +117,20 @@ def test_the_command_line_trains_it(
     start = LitPrompt(model, lora=4 if moved == "lora_" else 0).state_dict()
     for name, p in saved["state_dict"].items():
         assert bool((start[name] != p).any()) == (moved in name), name
+
+
+def test_as_a_task_of_a_study_it_is_the_same_net_on_the_same_sentences(root: str, model: str) -> None:
+    study = read_study(ROOT / "examples" / "benchmark_sentiment.yaml")
+    assert set(study.tasks) == {"sentiment"} and study.reference == "backpropagation"
+    data, other = Sentences(model, root, val_size=0.1, seed=3), Reviews(model, root)
+    data.setup()
+    assert [len(y) for _, y in (data.train, data.val, data.test)] == [216, 24, 60]
+    x, y = data.test
+    tokens, mask, labels = other.sets["test"].tensors
+    assert torch.equal(x, torch.stack((tokens, mask), 1)) and torch.equal(y, labels)
+    torch.testing.assert_close(Prompted(model)(x), LitPrompt(model).eval()(tokens, mask))
+    with pytest.raises(ValueError, match="val_size=240 must leave some of the 240"):
+        Sentences(model, root, val_size=240).setup()
 
 
 @pytest.mark.parametrize("config", ["LlamaConfig", "OPTConfig"])

@@ -140,10 +140,11 @@ def test_report_says_who_wins_and_how_rates_were_chosen(home: Path) -> None:
 def test_table_alone_gives_the_same_figures(home: Path, tmp_path: Path) -> None:
     shutil.copy(home / STUDY / "report" / "results.csv", tmp_path)
     assert main(["report", str(tmp_path / "results.csv")]) == 0
-    assert (tmp_path / "results.csv").read_bytes() == (home / STUDY / "report" / "results.csv").read_bytes()
-    there, here = ((folder / "summary.md").read_text() for folder in (home / STUDY / "report", tmp_path))
+    made = tmp_path / "report"
+    assert (made / "results.csv").read_bytes() == (home / STUDY / "report" / "results.csv").read_bytes()
+    there, here = ((folder / "summary.md").read_text() for folder in (home / STUDY / "report", made))
     assert there[there.index("| task") : there.index("Test accuracy of")] in here
-    assert (tmp_path / "budgets_conv.png").is_file()
+    assert (made / "budgets_conv.png").is_file()
 
 
 def test_foreign_table_is_refused(tmp_path: Path, capsys: Any) -> None:

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.study.conftest import copied
 from zo_lightning.__main__ import main
-from zo_lightning.study.results import Results
+from zo_lightning.study.results import Results, read_results
 
 FIGURES = {
     *("accuracy", "train_loss", "val_loss", "final_accuracy", "ratios", "k", "exponent", "epoch_time"),
@@ -57,38 +57,90 @@ def test_tables_and_summary(report: Path, results: Results) -> None:
     assert "| ScalableCNN 1 | ZO-AdaMM | 10,602 | 2 | 3 |" in summary
 
 
-def test_tables_alone_give_the_same_figures_but_those_of_snapshots(report: Path, tmp_path: Path) -> None:
-    kept, output = tmp_path / "tiny", tmp_path / "again"
-    kept.mkdir()
-    for table in report.glob("*.csv"):
-        shutil.copy(table, kept)
-    assert main(["report", str(kept / "results.csv"), "--output", str(output)]) == 0
+@pytest.fixture
+def kept(report: Path, tmp_path: Path) -> Path:
+    """The tables of a report, and nothing else."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    for name in ("results.csv", "similarity.csv", "line.csv", "sharpness.csv", "study.yaml"):
+        shutil.copy(report / name, folder)
+    return folder
+
+
+def test_tables_alone_give_the_same_figures_but_those_of_snapshots(report: Path, kept: Path) -> None:
+    assert main(["report", str(kept / "results.csv")]) == 0
+    made = kept / "report"
     of_snapshots = {name for name in FIGURES if name == "filters" or name.startswith("tsne_")}
-    assert {path.stem for path in output.glob("*.png")} == FIGURES - of_snapshots
-    for name in ("results.csv", "similarity.csv", "line.csv", "sharpness.csv"):
-        assert (output / name).read_bytes() == (report / name).read_bytes(), name
-    there, here = ((folder / "summary.md").read_text() for folder in (report, output))
+    assert {path.stem for path in made.glob("*.png")} == FIGURES - of_snapshots
+    for name in ("results.csv", "similarity.csv", "line.csv", "sharpness.csv", "study.yaml"):
+        assert (made / name).read_bytes() == (report / name).read_bytes(), name
+    there, here = ((folder / "summary.md").read_text() for folder in (report, made))
     assert here[: here.index("![")] == there[: there.index("![")]  # claims, table and answers
 
 
-def test_curves_of_other_data_than_the_published_ones_are_not_set_beside_those(report: Path) -> None:
-    table = pd.read_csv(report / "results.csv")
-    assert set(table["data"]) == {"Digits"} and "published" not in (report / "summary.md").read_text()
+def test_a_declaration_beside_a_table_says_what_is_compared_with_what(kept: Path) -> None:
+    table = pd.read_csv(kept / "results.csv", dtype=str)
+    first = (table["method"] == "FO-AdaMM") & (table["task"] == "ScalableCNN 1") & (table["seed"] == "1")
+    shuffled = pd.concat([table[table["method"] != "FO-AdaMM"], table[(table["method"] == "FO-AdaMM") & ~first]])
+    shuffled.sort_values("epoch", ascending=False, kind="stable").to_csv(
+        kept / "results.csv", index=False, lineterminator="\r\n", encoding="utf-8-sig"
+    )
+    results = read_results(kept / "results.csv")
+    assert results.study.reference == "FO-AdaMM" and [str(cell) for cell in results.missing] == [
+        "FO-AdaMM, ScalableCNN 1, seed 1"
+    ]
+    assert all(list(run["epoch"]) == [1, 2, 3] for _, run in results.table.groupby(["method", "task", "seed"]))
+    (kept / "study.yaml").unlink()
+    alone = read_results(kept / "results.csv").study
+    assert (alone.name, alone.reference, alone.control) == ("tiny", "ZO-AdaMM", None)
+
+
+def test_published_numbers_stand_beside_those_of_their_data_alone(report: Path, kept: Path) -> None:
+    assert set(pd.read_csv(report / "results.csv")["data"]) == {"Digits"}
+    assert "published" not in (report / "summary.md").read_text()
+    assert read_results(kept / "results.csv").published is None
+    (kept / "results.csv").write_text((kept / "results.csv").read_text().replace(",Digits,", ",MNIST,"))
+    assert read_results(kept / "results.csv").published is not None
+
+
+def test_names_may_be_such_as_pandas_takes_for_nothing(kept: Path) -> None:
+    text = (kept / "results.csv").read_text().replace("ZO-AdaMM", "NA").replace("FO-AdaMM", '"F, O"')
+    (kept / "results.csv").write_text(text)
+    (kept / "study.yaml").unlink()
+    assert read_results(kept / "results.csv").methods == ["F, O", "NA"]
+
+
+def _again(text: str) -> str:
+    return text + text.splitlines()[-1] + "\n"
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("name", "change", "said"),
     [
-        (lambda text: text.replace("method,task", "task,method"), "not the results.csv of a report"),
-        (lambda text: text.splitlines()[0], "has no rows"),
-        (lambda text: text + "FO,x,Digits,many,1,1,1,1,1,1,1,1,1\n", "is damaged: "),
+        ("results.csv", lambda text: text.replace("method,task", "task,method"), "not the results.csv of a report"),
+        ("results.csv", lambda text: text.splitlines()[0], "has no rows"),
+        ("results.csv", lambda text: text.replace(",Digits,", ",,"), "a data has no name"),
+        ("results.csv", lambda text: text + "FO,x,Digits,many,1,1,1,1,1,1,1,1,1\n", "is damaged: invalid literal"),
+        ("results.csv", lambda text: text[: text.rindex(",")], "a line has too few values"),
+        ("results.csv", lambda text: text.replace(",1400,1,2,", ",1400,1,0,"), "epochs count from 1"),
+        (
+            "results.csv",
+            lambda text: text.replace(",1400,1,2,", ",1401,1,2,"),
+            "has more than one d",
+        ),
+        ("results.csv", _again, "two rows have the same method, task, seed, epoch"),
+        ("results.csv", lambda text: text.replace("ZO-AdaMM,", "ES,"), "runs that are none of the study's"),
+        ("sharpness.csv", _again, "sharpness.csv' is damaged: two rows have the same method, task, seed"),
+        ("line.csv", lambda text: text[: text.rindex(",")], "line.csv' is damaged: a line has too few values"),
     ],
 )
-def test_table_that_is_none_is_refused(report: Path, tmp_path: Path, capsys: Any, change: Any, said: str) -> None:
-    (tmp_path / "results.csv").write_text(change((report / "results.csv").read_text()))
-    assert main(["report", str(tmp_path / "results.csv"), "--output", str(tmp_path / "out")]) == 2
+def test_table_that_is_none_is_refused(kept: Path, capsys: Any, name: str, change: Any, said: str) -> None:
+    text = (kept / name).read_text()
+    (kept / name).write_text(change(text))
+    assert change(text) != text
+    assert main(["report", str(kept / "results.csv")]) == 2
     assert said in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not list(kept.glob("report/*"))
 
 
 def test_key_figures_are_in_tensorboard(report: Path) -> None:

@@ -58,6 +58,7 @@ def settings_of(study: Study) -> dict[str, str]:
     return {
         name: yaml.safe_dump_all([*method.overlays, *({"at": task, **o} for task, o in method.by_task.items())])
         for name, method in study.methods.items()
+        if method.overlays or method.by_task
     }
 
 

@@ -9,24 +9,28 @@ from typing import Any
 
 import matplotlib
 import pandas as pd
+import yaml
 
 from zo_lightning.study.answers import final_table
 from zo_lightning.study.budget_report import sections_by_task, write_budget_files
 from zo_lightning.study.claims import claims_of
 from zo_lightning.study.figures import NothingToDraw
 from zo_lightning.study.figures.panels import legend, split
-from zo_lightning.study.folder import read_declaration
+from zo_lightning.study.folder import DECLARATION, read_declaration, write_whole
 from zo_lightning.study.minima import LINE, SHARPNESS, measure_minima
 from zo_lightning.study.page import html, markdown
-from zo_lightning.study.results import COLUMNS, Results, has_epochs, read_results, write_results
+from zo_lightning.study.results import COLUMNS, Results, read_results, write_results
 from zo_lightning.study.runs import Fit
 from zo_lightning.study.runs_table import COLUMNS as BUDGET_COLUMNS
-from zo_lightning.study.runs_table import has_columns, read_runs
+from zo_lightning.study.runs_table import read_runs
 from zo_lightning.study.sections import Drawing, Section, minima_section, sections_of
+from zo_lightning.study.tables import begins_with, read_table
 from zo_lightning.study.weights import Progress, similarity
 from zo_lightning.user_errors import UserError
 
 PAGE = "report.html"
+_WITHIN_A_RUN = {"similarity": ("epoch", "layer"), "line": ("position",), "sharpness": ()}
+"""What tells the rows of a run apart, in the tables of what is measured of weights."""
 
 
 def write_report(
@@ -38,30 +42,31 @@ def write_report(
     loss is evaluated, where their classes are ours or PyTorch's, or ``trusted``. What is missing in an unfinished study
     is named, and the rest is drawn. Weights take room, and may be deleted once a report has measured them: what
     ``output`` says of a finished run whose weights are gone stays. ``source`` is the folder of a study, or the
-    ``results.csv`` of a report; what its report has measured of weights is taken from the tables beside that.
+    ``results.csv`` of a report; what that report has measured of weights is taken from the tables beside it, and
+    its declaration too. Figures of snapshots cannot be drawn then.
 
     Returns:
         The page.
 
     Raises:
-        UserError: the folder holds no study with a finished cell, or ``output`` holds something other than a report.
+        UserError: ``source`` holds no study with a finished cell, and no such table; one of the tables beside it is
+            damaged; or ``output`` holds something other than a report.
     """
     if _has_budgets(source):
         return _write_budget_report(source, output, progress)
     results = read_results(source)
     _claim(output)
     earlier = source.parent if source.is_file() else output
-    similar = _with_earlier(similarity(results, progress), earlier / "similarity.csv", results)
+    similar = _with_earlier(similarity(results, progress), earlier, "similarity", results)
     try:
         (line, around), unmeasured = measure_minima(results, build, progress, trusted), ""
     except UserError as error:  # the runs' data are gone, or their code is not to be run; the rest needs neither
         line, around, unmeasured = pd.DataFrame(columns=list(LINE)), pd.DataFrame(columns=list(SHARPNESS)), str(error)
-    line, around = (
-        _with_earlier(new, earlier / f"{name}.csv", results) for name, new in (("line", line), ("sharpness", around))
-    )
+    line, around = (_with_earlier(new, earlier, name, results) for name, new in (("line", line), ("sharpness", around)))
     table, claims = final_table(results), claims_of(results, similar, around)
     sections = [*sections_of(results, similar), minima_section(results, line, around, unmeasured)]
     write_results(results, output / "results.csv")
+    write_whole(output / DECLARATION, yaml.safe_dump(results.study.declaration(), sort_keys=False))
     for name, measured in (("similarity", similar), ("line", line), ("sharpness", around)):
         measured.to_csv(output / f"{name}.csv", index=False)
     with _tensorboard(output) as writer:
@@ -72,17 +77,15 @@ def write_report(
     return page
 
 
-def _with_earlier(measured: pd.DataFrame, file: Path, results: Results) -> pd.DataFrame:
-    """What was measured, and what an earlier report has measured of runs that now have no weights."""
-    keys = ["method", "task", "seed"]
-    if not file.is_file():
+def _with_earlier(measured: pd.DataFrame, folder: Path, name: str, results: Results) -> pd.DataFrame:
+    """What was measured, and what the report in a folder has measured of runs that now have no weights."""
+    file, run = folder / f"{name}.csv", ["method", "task", "seed"]
+    if not file.is_file() or not begins_with(file, list(measured.columns)):
         return measured
-    earlier = pd.read_csv(file)
-    if list(earlier.columns) != list(measured.columns):
-        return measured
+    earlier = read_table(file, list(measured.columns), [*run, *_WITHIN_A_RUN[name]])
     finished = {(cell.method, cell.task, cell.seed) for cell in results.cells}
-    wanted = finished - set(measured[keys].itertuples(index=False, name=None))
-    kept = [key in wanted for key in earlier[keys].itertuples(index=False, name=None)]
+    wanted = finished - set(measured[run].itertuples(index=False, name=None))
+    kept = [key in wanted for key in earlier[run].itertuples(index=False, name=None)]
     if measured.empty:  # whose columns have no types
         return earlier.loc[kept].reset_index(drop=True)
     return pd.concat([measured, earlier.loc[kept]], ignore_index=True) if any(kept) else measured
@@ -96,8 +99,9 @@ def _has_budgets(source: Path) -> bool:
     """
     if not source.is_file():
         return bool(read_declaration(source).budgets)
-    if has_columns(source) or has_epochs(source):
-        return has_columns(source)
+    for columns, has_budgets in ((COLUMNS, False), (BUDGET_COLUMNS, True)):
+        if begins_with(source, columns):
+            return has_budgets
     raise UserError(
         f"'{source}' is no study's folder, and not the results.csv of a report, which begins with "
         f"'{','.join(COLUMNS)}' or, of runs with budgets, '{','.join(BUDGET_COLUMNS)}'"
@@ -163,4 +167,4 @@ def _claim(output: Path) -> None:
 
 def _is_report(output: Path) -> bool:
     table = output / "results.csv"
-    return table.is_file() and (has_columns(table) or has_epochs(table))
+    return table.is_file() and any(begins_with(table, columns[:2]) for columns in (COLUMNS, BUDGET_COLUMNS))

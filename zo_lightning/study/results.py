@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from zo_lightning.study.folder import FINISHED, is_finished, read_declaration
+from zo_lightning.study.folder import DECLARATION, FINISHED, is_finished, read_declaration
 from zo_lightning.study.grid import Cell, Method, Study
 from zo_lightning.study.runs import FAILED
+from zo_lightning.study.tables import name_of, read_table
 from zo_lightning.user_errors import UserError
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -33,7 +34,7 @@ class Results:
     """What a study has brought so far.
 
     Attributes:
-        study: its declaration; of a table in a file, the names in it, the first method the reference.
+        study: its declaration; of a table without one, the names in it, the first method the reference.
         folder: of the study; of a table in a file, the file's, which need not hold runs.
         table: one row per finished cell and epoch, with `COLUMNS`. ``data`` is their class, ``epoch`` counts from 1,
             ``d`` is the number of weights, ``forward_passes`` (of a batch), ``flops`` (floating-point operations, NaN
@@ -80,7 +81,8 @@ class Results:
 def read_results(source: Path) -> Results:
     """Read the finished runs of a study's folder, or the table of them that a report has written.
 
-    Nothing is trained and nothing is written.
+    The declaration that the report has put beside the table says what is compared with what; without it the first
+    method is the reference. Nothing is trained and nothing is written.
 
     Raises:
         UserError: the folder holds no study, or one without a finished cell; or the file is no such table.
@@ -88,35 +90,32 @@ def read_results(source: Path) -> Results:
     return _from_file(source) if source.is_file() else _from_folder(source)
 
 
-def has_epochs(path: Path) -> bool:
-    """Whether a file is a table with `COLUMNS`, a row per run and epoch."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.readline().rstrip("\n") == ",".join(COLUMNS)
-
-
 def _from_file(path: Path) -> Results:
-    if not has_epochs(path):
-        raise UserError(f"'{path}' is no table of training curves: its first line is to be {','.join(COLUMNS)}")
-    try:
-        table = pd.read_csv(path, dtype=str)  # Python's own conversion of numbers: exact to the last bit
-        table = table.astype(dict.fromkeys(("d", "seed", "epoch"), int))
-        table = table.astype(dict.fromkeys((*_METRICS.values(), "seconds"), float))
-    except ValueError as error:
-        raise UserError(f"'{path}' is damaged: {error}") from error
+    table = read_table(path, COLUMNS, ("method", "task", "seed", "epoch"))
     if table.empty:
         raise UserError(f"'{path}' has no rows")
+    if (table["epoch"] < 1).any():
+        raise UserError(f"'{path}' is damaged: epochs count from 1")
+    in_order = table.groupby(["method", "task", "seed"], sort=False).ngroup()
+    table = table.assign(run=in_order).sort_values(["run", "epoch"], ignore_index=True).drop(columns="run")
+    study = read_declaration(path.parent) if (path.parent / DECLARATION).is_file() else _named_in(table, name_of(path))
+    there = set(table[["method", "task", "seed"]].itertuples(index=False, name=None))
+    missing = {c: "not in the table" for c in study.cells() if (c.method, c.task, c.seed) not in there}
+    if len(there) + len(missing) > len(study.cells()):
+        raise UserError(f"'{path}' has runs that are none of the study's in {DECLARATION} beside it: take that away")
+    return Results(study, path.parent, table, missing, _published_for(table))
+
+
+def _named_in(table: pd.DataFrame, name: str) -> Study:
     methods, tasks, seeds = (list(dict.fromkeys(table[column])) for column in ("method", "task", "seed"))
-    study = Study(
-        name=path.parent.name if path.stem == "results" else path.stem,
+    return Study(
+        name=name,
         common=(),
         methods=dict.fromkeys(methods, Method(())),
         tasks=dict.fromkeys(tasks, ()),
         seeds=tuple(seeds),
         reference=methods[0],
     )
-    there = set(table[["method", "task", "seed"]].itertuples(index=False, name=None))
-    missing = {c: "not in the table" for c in study.cells() if (c.method, c.task, c.seed) not in there}
-    return Results(study, path.parent, table, missing, _published_for(table))
 
 
 def _from_folder(folder: Path) -> Results:
@@ -129,7 +128,7 @@ def _from_folder(folder: Path) -> Results:
             continue
         try:
             tables.append(_read_run(run, cell))
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             missing[cell] = f"damaged ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
     if not tables:
         reasons = sorted(set(missing.values()))
@@ -169,7 +168,7 @@ def write_results(results: Results, path: Path) -> None:
 def _read_run(run: Path, cell: Cell) -> pd.DataFrame:
     about: dict[str, Any] = yaml.safe_load((run / FINISHED).read_text(encoding="utf-8"))
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    log = pd.read_csv(run / "metrics.csv", dtype=str).astype(float)  # exact, as above
+    log = pd.read_csv(run / "metrics.csv", dtype=str).astype(float)  # Python's own conversion: exact to the last bit
     by_epoch = log[log["epoch"].notna()].groupby("epoch").last()  # of each column the last value
     table = by_epoch.reindex(columns=list(_METRICS)).rename(columns=_METRICS).dropna(subset=["val_accuracy"])
     if table.empty:

@@ -12,6 +12,7 @@ from zo_lightning.study.folder import is_finished, read_declaration
 from zo_lightning.study.grid import Study
 from zo_lightning.study.reached import choose_rates, read_reached
 from zo_lightning.study.runs import FAILED
+from zo_lightning.study.tables import name_of, read_table
 from zo_lightning.user_errors import UserError
 
 _NUMBERS = ("budget", "seed", "d", "accuracy", "loss", "flops", "passes", "steps", "seconds", "lr")
@@ -67,24 +68,11 @@ def write_runs(runs: Runs, path: Path) -> None:
     runs.table.assign(flops=whole).to_csv(path, index=False)
 
 
-def has_columns(path: Path) -> bool:
-    """Whether a file is such a table."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.readline().rstrip("\n") == ",".join(COLUMNS)
-
-
 def _from_file(path: Path) -> Runs:
-    if not has_columns(path):
-        raise UserError(f"'{path}' is no table of runs with budgets: its first line is to be {','.join(COLUMNS)}")
-    try:
-        table = pd.read_csv(path, dtype={"task": str, "method": str, "device": str})
-        table = table.astype(dict.fromkeys(("budget", "seed", "d", "steps"), int))
-        table = table.astype(dict.fromkeys(("accuracy", "loss", "flops", "passes", "seconds", "lr"), float))
-    except ValueError as error:
-        raise UserError(f"'{path}' is damaged: {error}") from error
+    table = read_table(path, COLUMNS, ("task", "method", "budget", "seed"))
     if table.empty:
         raise UserError(f"'{path}' has no rows")
-    return Runs(path.parent.name if path.stem == "results" else path.stem, str(table["method"].iloc[0]), table)
+    return Runs(name_of(path), str(table["method"].iloc[0]), table)
 
 
 def _from_folder(folder: Path) -> Runs:
