@@ -66,7 +66,7 @@ def test_documented_command_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["zo-lightning"])
     is_study = words[0] == "study"
-    code = main([*words, *(["--dry-run"] if is_study else shlex.split(LIMITS))])
+    code = main([*words, *shlex.split("--dry-run --data.batch_size 8" if is_study else LIMITS)])
     printed = capsys.readouterr()
     assert code == 0, printed.err
     assert ("cells, 0 of them finished" if is_study else "after 2 steps") in printed.out

@@ -1,5 +1,7 @@
 """The example of a regression by a frozen forest."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -50,7 +52,7 @@ def test_a_part_of_the_training_data_is_held_out(val_size: float, held_out: int)
 
 
 def test_the_study_is_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    study = read_study("examples/benchmark_black_boxes.yaml")
+    study = read_study(Path(__file__).parents[1] / "examples" / "benchmark_black_boxes.yaml")
     assert set(study.tasks) == {"int8", "forest"} and study.reference == "ZO-AdaMM"
     monkeypatch.setattr("sys.argv", ["recalibration"])
     recalibration.main()
