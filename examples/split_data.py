@@ -1,6 +1,6 @@
 """Tensors in memory, some of them held out: what examples whose data are no images need."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -11,14 +11,14 @@ from zo_lightning.data.batches import ShuffledBatches, TensorBatches
 Pair = tuple[Tensor, Tensor]
 
 
-class SplitData(LightningDataModule):
+class SplitData(LightningDataModule, ABC):
     """Inputs [n, ...] and targets [n, ...]; a subclass says how to `load` them.
 
     Args:
         batch_size: examples per batch.
         val_size: the number of training examples that are held out, or their share; 0 validates on the test set.
         seed: decides the split and the order of the batches; None takes PyTorch's own.
-        root: folder of files.
+        root: folder of files, for those who read some.
     """
 
     def __init__(
@@ -35,8 +35,10 @@ class SplitData(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Load and split the data."""
         (x, y), self.test = self.load()
+        if self.val_size < 0:
+            raise ValueError(f"val_size={self.val_size} must be at least 0")
         held_out = max(1, round(self.val_size * len(x))) if 0 < self.val_size < 1 else int(self.val_size)
-        if not 0 <= held_out < len(x):
+        if held_out >= len(x):
             raise ValueError(f"val_size={self.val_size} must leave some of the {len(x)} training examples")
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed % 2**63))
         self.train = x[order[held_out:]], y[order[held_out:]]

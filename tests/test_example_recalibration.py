@@ -46,6 +46,8 @@ def test_a_part_of_the_training_data_is_held_out(val_size: float, held_out: int)
     data = Sensor(batch_size=100, val_size=val_size, seed=3)
     data.setup()
     assert [len(part[0]) for part in (data.val, data.train, data.test)] == [held_out, 5000 - held_out, 2000]
+    with pytest.raises(ValueError, match="val_size=-0.5 must be at least 0"):
+        Sensor(val_size=-0.5).setup()
     with pytest.raises(ValueError, match="val_size=5000 must leave some"):
         Sensor(val_size=5000).setup()
     assert len({float(x[0]) for part in (data.val, data.train) for x in part[0]}) > 4990

@@ -14,6 +14,7 @@ from zo_lightning.__main__ import main
 from zo_lightning.study.folder import read_declaration
 from zo_lightning.study.reached import choose_rates, read_reached
 from zo_lightning.study.runs_table import COLUMNS, read_runs
+from zo_lightning.user_errors import UserError
 
 DECLARED = """
 common: {trainer: {log_every_n_steps: 2}}
@@ -140,11 +141,24 @@ def test_report_says_who_wins_and_how_rates_were_chosen(home: Path) -> None:
 def test_table_alone_gives_the_same_figures(home: Path, tmp_path: Path) -> None:
     shutil.copy(home / STUDY / "report" / "results.csv", tmp_path)
     assert main(["report", str(tmp_path / "results.csv")]) == 0
-    made = tmp_path / "report"
+    made = tmp_path / "results_report"
     assert (made / "results.csv").read_bytes() == (home / STUDY / "report" / "results.csv").read_bytes()
     there, here = ((folder / "summary.md").read_text() for folder in (home / STUDY / "report", made))
     assert there[there.index("| task") : there.index("Test accuracy of")] in here
     assert (made / "budgets_conv.png").is_file()
+
+
+def test_a_declaration_beside_the_table_gives_name_reference_and_what_is_missing(home: Path, tmp_path: Path) -> None:
+    for name in ("results.csv", "declaration.yaml"):
+        shutil.copy(home / STUDY / "report" / name, tmp_path)
+    text = (tmp_path / "results.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "results.csv").write_text("".join([text[0], *text[2:]]))
+    runs = read_runs(tmp_path / "results.csv")
+    declared = read_declaration(home / STUDY)
+    assert (runs.name, runs.reference) == (declared.name, declared.reference) and len(runs.missing) == 1
+    (tmp_path / "results.csv").write_text(text[0] + text[1].replace("conv,", "dense,"))
+    with pytest.raises(UserError, match="none of the study's in declaration.yaml"):
+        read_runs(tmp_path / "results.csv")
 
 
 def test_foreign_table_is_refused(tmp_path: Path, capsys: Any) -> None:

@@ -62,17 +62,17 @@ def kept(report: Path, tmp_path: Path) -> Path:
     """The tables of a report, and nothing else."""
     folder = tmp_path / "tiny"
     folder.mkdir()
-    for name in ("results.csv", "similarity.csv", "line.csv", "sharpness.csv", "study.yaml"):
+    for name in ("results.csv", "similarity.csv", "line.csv", "sharpness.csv", "declaration.yaml"):
         shutil.copy(report / name, folder)
     return folder
 
 
 def test_tables_alone_give_the_same_figures_but_those_of_snapshots(report: Path, kept: Path) -> None:
     assert main(["report", str(kept / "results.csv")]) == 0
-    made = kept / "report"
+    made = kept / "results_report"
     of_snapshots = {name for name in FIGURES if name == "filters" or name.startswith("tsne_")}
     assert {path.stem for path in made.glob("*.png")} == FIGURES - of_snapshots
-    for name in ("results.csv", "similarity.csv", "line.csv", "sharpness.csv", "study.yaml"):
+    for name in ("results.csv", "similarity.csv", "line.csv", "sharpness.csv", "declaration.yaml"):
         assert (made / name).read_bytes() == (report / name).read_bytes(), name
     there, here = ((folder / "summary.md").read_text() for folder in (report, made))
     assert here[: here.index("![")] == there[: there.index("![")]  # claims, table and answers
@@ -90,7 +90,7 @@ def test_a_declaration_beside_a_table_says_what_is_compared_with_what(kept: Path
         "FO-AdaMM, ScalableCNN 1, seed 1"
     ]
     assert all(list(run["epoch"]) == [1, 2, 3] for _, run in results.table.groupby(["method", "task", "seed"]))
-    (kept / "study.yaml").unlink()
+    (kept / "declaration.yaml").unlink()
     alone = read_results(kept / "results.csv").study
     assert (alone.name, alone.reference, alone.control) == ("tiny", "ZO-AdaMM", None)
 
@@ -106,7 +106,7 @@ def test_published_numbers_stand_beside_those_of_their_data_alone(report: Path, 
 def test_names_may_be_such_as_pandas_takes_for_nothing(kept: Path) -> None:
     text = (kept / "results.csv").read_text().replace("ZO-AdaMM", "NA").replace("FO-AdaMM", '"F, O"')
     (kept / "results.csv").write_text(text)
-    (kept / "study.yaml").unlink()
+    (kept / "declaration.yaml").unlink()
     assert read_results(kept / "results.csv").methods == ["F, O", "NA"]
 
 
@@ -119,19 +119,26 @@ def _again(text: str) -> str:
     [
         ("results.csv", lambda text: text.replace("method,task", "task,method"), "not the results.csv of a report"),
         ("results.csv", lambda text: text.splitlines()[0], "has no rows"),
-        ("results.csv", lambda text: text.replace(",Digits,", ",,"), "a data has no name"),
+        ("results.csv", lambda text: text.replace(",Digits,", ",,"), "a data is empty"),
         ("results.csv", lambda text: text + "FO,x,Digits,many,1,1,1,1,1,1,1,1,1\n", "is damaged: invalid literal"),
-        ("results.csv", lambda text: text[: text.rindex(",")], "a line has too few values"),
+        ("results.csv", lambda text: text[: text.rindex(",")], "has 12 values, not 13"),
         ("results.csv", lambda text: text.replace(",1400,1,2,", ",1400,1,0,"), "epochs count from 1"),
         (
             "results.csv",
             lambda text: text.replace(",1400,1,2,", ",1401,1,2,"),
             "has more than one d",
         ),
+        ("results.csv", lambda text: text.replace(",1400,", f",{10**30},"), "is damaged: "),
+        (
+            "declaration.yaml",
+            lambda text: text.replace("reference: FO-AdaMM", "reference: SGD"),
+            "is damaged: KeyError",
+        ),
+        ("declaration.yaml", lambda text: text.replace("budgets: []", "budgets: [1, 2]"), "none of the study's"),
         ("results.csv", _again, "two rows have the same method, task, seed, epoch"),
         ("results.csv", lambda text: text.replace("ZO-AdaMM,", "ES,"), "runs that are none of the study's"),
         ("sharpness.csv", _again, "sharpness.csv' is damaged: two rows have the same method, task, seed"),
-        ("line.csv", lambda text: text[: text.rindex(",")], "line.csv' is damaged: a line has too few values"),
+        ("line.csv", lambda text: text[: text.rindex(",")], "line.csv' is damaged: row 125 has 6 values, not 7"),
     ],
 )
 def test_table_that_is_none_is_refused(kept: Path, capsys: Any, name: str, change: Any, said: str) -> None:
@@ -140,7 +147,23 @@ def test_table_that_is_none_is_refused(kept: Path, capsys: Any, name: str, chang
     assert change(text) != text
     assert main(["report", str(kept / "results.csv")]) == 2
     assert said in capsys.readouterr().err
-    assert not list(kept.glob("report/*"))
+    assert not (kept / "results_report").exists()
+
+
+def test_a_fuller_report_is_not_drawn_over_by_its_table(report: Path, capsys: Any) -> None:
+    assert main(["report", str(report / "results.csv"), "--output", str(report)]) == 2
+    assert "may hold a fuller report: choose another --output" in capsys.readouterr().err
+    assert (report / "filters.png").is_file()
+
+
+def test_a_report_with_other_columns_is_replaced_and_a_foreign_table_is_not(kept: Path, report: Path) -> None:
+    output = kept / "results_report"
+    output.mkdir()
+    (output / "results.csv").write_text("method,task,d\n")
+    assert main(["report", str(kept / "results.csv")]) == 2
+    (output / "report.html").write_text("<html>")
+    assert main(["report", str(kept / "results.csv")]) == 0
+    assert (output / "results.csv").read_bytes() == (report / "results.csv").read_bytes()
 
 
 def test_key_figures_are_in_tensorboard(report: Path) -> None:

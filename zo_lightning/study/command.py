@@ -71,16 +71,20 @@ def report(words: list[str], fit: "Fit") -> int:
         "folder", type=Path, help="a study's folder, such as lightning_logs/smoke, or a report's results.csv"
     )
     parser.add_argument(
-        "--output", type=Path, help="where the report is written; default: report/ in the folder, or beside the file"
+        "--output", type=Path, help="where the report is written; default: <folder>/report, or <file>_report"
     )
     parser.add_argument("--trust", action="store_true", help="import the classes that the runs' configurations name")
     options = parser.parse_args(words)
     from zo_lightning.study.report import write_report
 
-    output = options.output or (options.folder.parent if options.folder.is_file() else options.folder) / "report"
+    output = options.output or _beside(options.folder)
     page = write_report(options.folder, output, fit, _say, options.trust)
     print(f"The report is {page}")
     return 0
+
+
+def _beside(source: Path) -> Path:
+    return source.with_name(f"{source.stem}_report") if source.is_file() else source / "report"
 
 
 def _say(what: str) -> None:

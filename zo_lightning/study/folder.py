@@ -15,6 +15,7 @@ from zo_lightning.study.grid import Cell, Study, first_difference
 from zo_lightning.user_errors import UserError
 
 DECLARATION = "study.yaml"
+DECLARED = "declaration.yaml"  # the same, beside the tables of a report
 FINISHED = "finished.yaml"  # a run's folder holds it when, and only when, the run is complete
 METRICS = "metrics.csv"
 
@@ -41,20 +42,24 @@ def claim(study: Study, folder: Path) -> None:
         write_whole(declared, yaml.safe_dump(study.declaration(), sort_keys=False))
 
 
-def read_declaration(folder: Path) -> Study:
+def read_declaration(folder: Path, name: str = DECLARATION) -> Study:
     """The study to which a folder belongs.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder holds none, or it is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"'{folder}' does not exist" if not folder.exists() else f"'{folder}' is no folder")
-    if not (folder / DECLARATION).is_file():
-        raise UserError(f"'{folder}' holds no study: it has no {DECLARATION}")
+    if not (folder / name).is_file():
+        raise UserError(f"'{folder}' holds no study: it has no {name}")
     try:
-        return Study.from_declaration(read_yaml(folder / DECLARATION))
+        study = Study.from_declaration(read_yaml(folder / name))
+        if study.reference not in study.methods:
+            raise KeyError(study.reference)
+        _ = study.cells(), study.trial_cells()  # which a damaged one cannot make
+        return study
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"'{folder / DECLARATION}' is damaged: {error!r}") from error
+        raise UserError(f"'{folder / name}' is damaged: {error!r}") from error
 
 
 def is_finished(folder: Path, cell: Cell) -> bool:
@@ -70,7 +75,7 @@ def seconds_of(folder: Path, cell: Cell) -> float | None:
         # A trial that diverged at its first steps has no metrics.
         whole = "parameters" in about and (about.get("reached") == {} or (run / METRICS).stat().st_size > 0)
         return float(about["seconds"]) if whole else None
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
         return None
 
 

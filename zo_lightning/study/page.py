@@ -12,7 +12,7 @@ from zo_lightning.study.results import Results
 from zo_lightning.study.sections import Section
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-_FILES = "results.csv beside this page, and similarity.csv, line.csv, sharpness.csv"
+_FILES = "results.csv beside this page, and similarity.csv, line.csv, sharpness.csv, declaration.yaml"
 _TABLE_NOTE = (
     "Means over seeds with their 95 % confidence interval (Student's t) in brackets. The difference to the reference "
     "is paired by seed."

@@ -16,7 +16,8 @@ from zo_lightning.study.budget_report import sections_by_task, write_budget_file
 from zo_lightning.study.claims import claims_of
 from zo_lightning.study.figures import NothingToDraw
 from zo_lightning.study.figures.panels import legend, split
-from zo_lightning.study.folder import DECLARATION, read_declaration, write_whole
+from zo_lightning.study.folder import DECLARED, read_declaration, write_whole
+from zo_lightning.study.grid import Study
 from zo_lightning.study.minima import LINE, SHARPNESS, measure_minima
 from zo_lightning.study.page import html, markdown
 from zo_lightning.study.results import COLUMNS, Results, read_results, write_results
@@ -24,13 +25,17 @@ from zo_lightning.study.runs import Fit
 from zo_lightning.study.runs_table import COLUMNS as BUDGET_COLUMNS
 from zo_lightning.study.runs_table import read_runs
 from zo_lightning.study.sections import Drawing, Section, minima_section, sections_of
-from zo_lightning.study.tables import begins_with, read_table
-from zo_lightning.study.weights import Progress, similarity
+from zo_lightning.study.tables import RESULTS, begins_with, read_table
+from zo_lightning.study.weights import SIMILARITY, Progress, similarity
 from zo_lightning.user_errors import UserError
 
 PAGE = "report.html"
-_WITHIN_A_RUN = {"similarity": ("epoch", "layer"), "line": ("position",), "sharpness": ()}
-"""What tells the rows of a run apart, in the tables of what is measured of weights."""
+_MEASURED = {
+    "similarity": (SIMILARITY, ("epoch", "layer")),
+    "line": (LINE, ("position",)),
+    "sharpness": (SHARPNESS, ()),
+}
+"""The tables of what is measured of weights: their columns, and which of them tell the rows of a run apart."""
 
 
 def write_report(
@@ -49,24 +54,26 @@ def write_report(
         The page.
 
     Raises:
-        UserError: ``source`` holds no study with a finished cell, and no such table; one of the tables beside it is
-            damaged; or ``output`` holds something other than a report.
+        UserError: ``source`` holds no study with a finished cell, and no such table; what an earlier report has
+            measured is damaged; or ``output`` holds something other than a report, or is the table's own folder.
     """
+    if source.is_file() and output.resolve() == source.resolve().parent:
+        raise UserError(f"'{output}' is the table's own folder, and may hold a fuller report: choose another --output")
     if _has_budgets(source):
         return _write_budget_report(source, output, progress)
     results = read_results(source)
+    before = {name: _measured_before(source, output, name) for name in _MEASURED}
     _claim(output)
-    earlier = source.parent if source.is_file() else output
-    similar = _with_earlier(similarity(results, progress), earlier, "similarity", results)
+    similar = _with_earlier(similarity(results, progress), before["similarity"], results)
     try:
         (line, around), unmeasured = measure_minima(results, build, progress, trusted), ""
     except UserError as error:  # the runs' data are gone, or their code is not to be run; the rest needs neither
         line, around, unmeasured = pd.DataFrame(columns=list(LINE)), pd.DataFrame(columns=list(SHARPNESS)), str(error)
-    line, around = (_with_earlier(new, earlier, name, results) for name, new in (("line", line), ("sharpness", around)))
+    line, around = (_with_earlier(new, before[name], results) for name, new in (("line", line), ("sharpness", around)))
     table, claims = final_table(results), claims_of(results, similar, around)
     sections = [*sections_of(results, similar), minima_section(results, line, around, unmeasured)]
-    write_results(results, output / "results.csv")
-    write_whole(output / DECLARATION, yaml.safe_dump(results.study.declaration(), sort_keys=False))
+    _write_declaration(results.study, output)
+    write_results(results, output / RESULTS)
     for name, measured in (("similarity", similar), ("line", line), ("sharpness", around)):
         measured.to_csv(output / f"{name}.csv", index=False)
     with _tensorboard(output) as writer:
@@ -77,18 +84,35 @@ def write_report(
     return page
 
 
-def _with_earlier(measured: pd.DataFrame, folder: Path, name: str, results: Results) -> pd.DataFrame:
-    """What was measured, and what the report in a folder has measured of runs that now have no weights."""
-    file, run = folder / f"{name}.csv", ["method", "task", "seed"]
-    if not file.is_file() or not begins_with(file, list(measured.columns)):
+def _measured_before(source: Path, output: Path, name: str) -> pd.DataFrame | None:
+    """What the report that is drawn again, or an earlier one of the same folder, has measured of weights."""
+    if source.is_file() and source.name != RESULTS:
+        return None
+    file = (source.parent if source.is_file() else output) / f"{name}.csv"
+    columns, keys = _MEASURED[name]
+    if not file.is_file() or not begins_with(file, columns):
+        return None
+    try:
+        return read_table(file, columns, ["method", "task", "seed", *keys])
+    except UserError as error:
+        raise UserError(f"{error}; without that file all is drawn that needs no weights that are gone") from error
+
+
+def _with_earlier(measured: pd.DataFrame, earlier: pd.DataFrame | None, results: Results) -> pd.DataFrame:
+    """What was measured, and what has been measured before of runs that now have no weights."""
+    if earlier is None:
         return measured
-    earlier = read_table(file, list(measured.columns), [*run, *_WITHIN_A_RUN[name]])
+    run = ["method", "task", "seed"]
     finished = {(cell.method, cell.task, cell.seed) for cell in results.cells}
     wanted = finished - set(measured[run].itertuples(index=False, name=None))
     kept = [key in wanted for key in earlier[run].itertuples(index=False, name=None)]
     if measured.empty:  # whose columns have no types
         return earlier.loc[kept].reset_index(drop=True)
     return pd.concat([measured, earlier.loc[kept]], ignore_index=True) if any(kept) else measured
+
+
+def _write_declaration(study: Study, output: Path) -> None:
+    write_whole(output / DECLARED, yaml.safe_dump(study.declaration(), sort_keys=False))
 
 
 def _has_budgets(source: Path) -> bool:
@@ -112,6 +136,8 @@ def _write_budget_report(source: Path, output: Path, progress: Progress) -> Path
     runs = read_runs(source)
     _claim(output)
     sections, page = sections_by_task(runs), output / PAGE
+    if runs.study is not None:
+        _write_declaration(runs.study, output)
     _draw_all(sections, output, None, progress)
     write_budget_files(runs, sections, output, page)
     return page
@@ -166,5 +192,8 @@ def _claim(output: Path) -> None:
 
 
 def _is_report(output: Path) -> bool:
-    table = output / "results.csv"
-    return table.is_file() and any(begins_with(table, columns[:2]) for columns in (COLUMNS, BUDGET_COLUMNS))
+    table = output / RESULTS
+    if not table.is_file():
+        return False
+    whole = None if not (output / PAGE).is_file() else 2  # with its page also one whose table has other columns since
+    return any(begins_with(table, columns[:whole]) for columns in (COLUMNS, BUDGET_COLUMNS))

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from zo_lightning.study.folder import DECLARATION, FINISHED, is_finished, read_declaration
+from zo_lightning.study.folder import DECLARED, FINISHED, is_finished, read_declaration
 from zo_lightning.study.grid import Cell, Method, Study
 from zo_lightning.study.runs import FAILED
-from zo_lightning.study.tables import name_of, read_table
+from zo_lightning.study.tables import declared_beside, name_of, read_table
 from zo_lightning.user_errors import UserError
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -98,11 +98,15 @@ def _from_file(path: Path) -> Results:
         raise UserError(f"'{path}' is damaged: epochs count from 1")
     in_order = table.groupby(["method", "task", "seed"], sort=False).ngroup()
     table = table.assign(run=in_order).sort_values(["run", "epoch"], ignore_index=True).drop(columns="run")
-    study = read_declaration(path.parent) if (path.parent / DECLARATION).is_file() else _named_in(table, name_of(path))
+    sizes = table.groupby("task")["d"].nunique()
+    if (sizes > 1).any():
+        raise UserError(f"'{path}' is damaged: task '{sizes.idxmax()}' has more than one d")
+    study = declared_beside(path) or _named_in(table, name_of(path))
     there = set(table[["method", "task", "seed"]].itertuples(index=False, name=None))
-    missing = {c: "not in the table" for c in study.cells() if (c.method, c.task, c.seed) not in there}
-    if len(there) + len(missing) > len(study.cells()):
-        raise UserError(f"'{path}' has runs that are none of the study's in {DECLARATION} beside it: take that away")
+    cells = study.cells()
+    if study.budgets or not there <= {(cell.method, cell.task, cell.seed) for cell in cells}:
+        raise UserError(f"'{path}' has runs that are none of the study's in {DECLARED} beside it: take that away")
+    missing = {c: "not in the table" for c in cells if (c.method, c.task, c.seed) not in there}
     return Results(study, path.parent, table, missing, _published_for(table))
 
 

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from zo_lightning.study.folder import DECLARED, read_declaration
+from zo_lightning.study.grid import Study
 from zo_lightning.user_errors import UserError
+
+RESULTS = "results.csv"
+"""A report's table of all that the runs have brought."""
 
 _TEXTS = ("method", "task", "data", "device", "layer")
 _WHOLE = ("d", "seed", "epoch", "budget", "steps")
@@ -27,36 +32,44 @@ def read_table(path: Path, columns: Sequence[str], keys: Sequence[str]) -> pd.Da
         keys: columns of which no two rows have the same values.
 
     Raises:
-        UserError: it has other columns, a value that is none of its column's or is missing, two rows with the
-            same keys, or a task with two sizes.
+        UserError: it has other columns, a value that is none of its column's or is missing, or two rows with the same
+            keys.
     """
-    if not begins_with(path, columns):
-        raise UserError(f"'{path}' is no such table: its first line is to be {','.join(columns)}")
+    # By pandas' reader a method called "NA" would have no name, and a line that was cut the right length.
     try:
-        # By pandas' reader a method called "NA" would have no name, and a line that was cut the right length.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            header, *rows = filter(None, csv.reader(file))
-        if header != list(columns) or any(len(row) != len(columns) for row in rows):
-            raise ValueError("a line has too few values, or too many")
+            header, *rows = [row for row in csv.reader(file) if row] or [[]]
+        if header != list(columns):
+            raise UserError(f"'{path}': its first line is to be {','.join(columns)}")
+        for place, row in enumerate(rows, 2):
+            if len(row) != len(columns):
+                raise ValueError(f"row {place} has {len(row)} values, not {len(columns)}")
         table = pd.DataFrame(rows, columns=header, dtype=str)
         for column in columns:
             if column in _TEXTS:
                 if (table[column].str.strip() == "").any():
-                    raise ValueError(f"a {column} has no name")
+                    raise ValueError(f"a {column} is empty")
             elif column in _WHOLE:
                 table[column] = table[column].astype(int)
-            else:
+            else:  # by Python's own conversion, exact
                 table[column] = table[column].replace("", "nan").astype(float)
-    except (ValueError, csv.Error) as error:
+    except (ValueError, OverflowError, csv.Error) as error:
         raise UserError(f"'{path}' is damaged: {' '.join(str(error).split())}") from error
     if table.duplicated(list(keys)).any():
         raise UserError(f"'{path}' is damaged: two rows have the same {', '.join(keys)}")
-    sizes = table.groupby("task")["d"].nunique()
-    if (sizes > 1).any():
-        raise UserError(f"'{path}' is damaged: task '{sizes.idxmax()}' has more than one d")
     return table
 
 
 def name_of(path: Path) -> str:
-    """What to call a study of which only the table is known: as the file, or its folder where that is telling."""
-    return path.resolve().parent.name if path.stem == "results" else path.stem
+    """What to call a study of which only the table is known: as the file, or where that is `results` its folder."""
+    return (path.resolve().parent.name if path.stem == "results" else path.stem) or path.stem
+
+
+def declared_beside(path: Path) -> Study | None:
+    """The declaration that a report has put beside its ``results.csv``, if there is one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    is_there = path.name == RESULTS and (path.parent / DECLARED).is_file()
+    return read_declaration(path.parent, DECLARED) if is_there else None
