@@ -1,6 +1,6 @@
 """What the study's figures share: colours and marks of the methods, panels of the sizes, legends and ticks."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -95,16 +95,15 @@ def method_legend(figure: Figure, results: Results, extra: Mapping[str, Any], **
     entries = {method: {**style_of(results, method), "ms": 4, **override} for method in results.methods}
     entries |= extra
     handles = [Line2D([], [], label=label, **style) for label, style in entries.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9)
+    figure.legend(handles=handles, loc="outside upper center", ncols=_columns(figure, entries), fontsize=9)
 
 
 def panel_legend(figure: Figure, panels: list[Axes], extra: Mapping[str, Any] | None = None, columns: int = 7) -> None:
     """A legend above the panels of what is drawn in any of them, and of ``extra`` lines."""
     entries = {label: _line(h) for axes in panels for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     entries |= {label: Line2D([], [], **style) for label, style in (extra or {}).items()}
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside upper center", ncols=min(columns, len(entries)), fontsize=9
-    )
+    ncols = min(columns, _columns(figure, entries))
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=ncols, fontsize=9)
 
 
 def finish(axes: Axes, outside: Figure | None = None) -> None:
@@ -114,6 +113,12 @@ def finish(axes: Axes, outside: Figure | None = None) -> None:
         axes.legend(fontsize=8)
     else:
         panel_legend(outside, [axes])
+
+
+def _columns(figure: Figure, labels: Collection[str]) -> int:
+    """How many entries of a legend stand side by side within a figure."""
+    widest = 0.65 + 0.075 * max(map(len, labels), default=0)  # inches: the sample and the gaps, and letters of 9 points
+    return max(1, min(len(labels), int(figure.get_figwidth() / widest)))
 
 
 def _line(handle: Any) -> Any:

@@ -136,6 +136,8 @@ def slowdown_exponent(results: Results) -> Figure:
         label = f"ZO-AdaMM, published, epoch {then['epoch'].iloc[0]}: α = {found.value:.2f}"
         left.plot(then["d"], then["ratio"], color="dimgrey", lw=0.9, ls=":", marker=".", label=label, zorder=1)
     left.set(xscale="log", yscale="log", xlabel=SIZE, ylabel=f"validation loss: method / {results.study.reference}")
+    low, high = left.get_ylim()
+    left.set_ylim(low, high * (high / low) ** 0.5)  # room for the legend above the marks
     plain_log_ticks(left.yaxis)
     right.axhline(0.5, color="black", ls="--", lw=1)
     right.axhline(0, color="grey", lw=0.8)
