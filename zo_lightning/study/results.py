@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from zo_lightning.study.folder import DECLARED, FINISHED, is_finished, read_declaration
+from zo_lightning.study.folder import FINISHED, is_finished, read_declaration
 from zo_lightning.study.grid import Cell, Method, Study
 from zo_lightning.study.runs import FAILED
-from zo_lightning.study.tables import declared_beside, name_of, read_table
+from zo_lightning.study.tables import declared_beside, missing_cells, name_of, read_table
 from zo_lightning.user_errors import UserError
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -102,11 +102,7 @@ def _from_file(path: Path) -> Results:
     if (sizes > 1).any():
         raise UserError(f"'{path}' is damaged: task '{sizes.idxmax()}' has more than one d")
     study = declared_beside(path) or _named_in(table, name_of(path))
-    there = set(table[["method", "task", "seed"]].itertuples(index=False, name=None))
-    cells = study.cells()
-    if study.budgets or not there <= {(cell.method, cell.task, cell.seed) for cell in cells}:
-        raise UserError(f"'{path}' has runs that are none of the study's in {DECLARED} beside it: take that away")
-    missing = {c: "not in the table" for c in cells if (c.method, c.task, c.seed) not in there}
+    missing = dict.fromkeys(missing_cells(path, table, study), "not in the table")
     return Results(study, path.parent, table, missing, _published_for(table))
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from zo_lightning.study.folder import DECLARED, is_finished, read_declaration
+from zo_lightning.study.folder import is_finished, read_declaration
 from zo_lightning.study.grid import Study
 from zo_lightning.study.reached import choose_rates, read_reached
 from zo_lightning.study.runs import FAILED
-from zo_lightning.study.tables import declared_beside, name_of, read_table
+from zo_lightning.study.tables import declared_beside, missing_cells, name_of, read_table
 from zo_lightning.user_errors import UserError
 
 _NUMBERS = ("budget", "seed", "d", "accuracy", "loss", "flops", "passes", "steps", "seconds", "lr")
@@ -75,11 +75,7 @@ def _from_file(path: Path) -> Runs:
     study = declared_beside(path)
     if study is None:
         return Runs(name_of(path), str(table["method"].iloc[0]), table)
-    there = set(table[["method", "task", "budget", "seed"]].itertuples(index=False, name=None))
-    cells = {(cell.method, cell.task, cell.budget, cell.seed): str(cell) for cell in study.cells()}
-    if not there <= cells.keys():
-        raise UserError(f"'{path}' has runs that are none of the study's in {DECLARED} beside it: take that away")
-    missing = {name: "not in the table" for key, name in cells.items() if key not in there}
+    missing = {str(cell): "not in the table" for cell in missing_cells(path, table, study)}
     return Runs(study.name, study.reference, table, study=study, missing=missing)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from zo_lightning.study.folder import DECLARED, read_declaration
-from zo_lightning.study.grid import Study
+from zo_lightning.study.grid import Cell, Study
 from zo_lightning.user_errors import UserError
 
 RESULTS = "results.csv"
@@ -73,3 +73,17 @@ def declared_beside(path: Path) -> Study | None:
     """
     is_there = path.name == RESULTS and (path.parent / DECLARED).is_file()
     return read_declaration(path.parent, DECLARED) if is_there else None
+
+
+def missing_cells(path: Path, table: pd.DataFrame, study: Study) -> list[Cell]:
+    """The study's cells that a table in a file lacks.
+
+    Raises:
+        UserError: the table has others.
+    """
+    keys = [key for key in ("method", "task", "seed", "budget") if key in table]
+    there = set(table[keys].itertuples(index=False, name=None))
+    cells = {tuple(getattr(cell, key) for key in keys): cell for cell in study.cells()}
+    if bool(study.budgets) != ("budget" in keys) or not there <= cells.keys():
+        raise UserError(f"'{path}' has runs that are none of the study's in {DECLARED} beside it: take that away")
+    return [cell for key, cell in cells.items() if key not in there]
