@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT, WORDS = " it was", (" bad", " good")
+LENGTH = 28  # tokens
 
 
 def read(root: str = "data") -> dict[str, list[tuple[str, int]]]:
@@ -33,7 +34,7 @@ def read(root: str = "data") -> dict[str, list[tuple[str, int]]]:
     return {part: rows[slice(*bound)] for part, bound in bounds.items()}
 
 
-def encode(tokenizer: Any, rows: list[tuple[str, int]], prompt: str, length: int) -> TensorDataset:
+def encode(tokenizer: Any, rows: list[tuple[str, int]], prompt: str = PROMPT, length: int = LENGTH) -> TensorDataset:
     """Tokens, their mask and labels: each sentence cut so that the prompt is its end, and filled up at the left."""
     end = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -72,7 +73,7 @@ class Reviews(LightningDataModule):
         prompt: str = PROMPT,
         part: str = "train",
         batch_size: int = 16,
-        length: int = 28,
+        length: int = LENGTH,
     ) -> None:
         super().__init__()
         tokenizer, rows = AutoTokenizer.from_pretrained(model), read(root)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples.language_model.prompts import PROMPT, WORDS, Reviews, answered, answers
+from examples.language_model.prompts import PROMPT, WORDS, answered, answers, encode, read
 from examples.split_data import Pair, SplitData
 
 
@@ -53,6 +53,6 @@ class Sentences(SplitData):
 
     def load(self) -> tuple[Pair, Pair]:
         """Read the sentences."""
-        reviews = Reviews(self.model, self.root)
-        train, test = (reviews.sets[part].tensors for part in ("train", "test"))
+        tokenizer, rows = AutoTokenizer.from_pretrained(self.model), read(self.root)
+        train, test = (encode(tokenizer, rows[part]).tensors for part in ("train", "test"))
         return (torch.stack(train[:2], 1), train[2]), (torch.stack(test[:2], 1), test[2])

@@ -123,7 +123,7 @@ def test_without_a_finished_trial_its_runs_fail(home: Path, tmp_path: Path, monk
     error = capsys.readouterr().err
     assert "signs, conv, 30 passes, seed 1: its learning rate is not chosen" in error
     assert set(read_runs(STUDY).table[["task", "method"]].itertuples(index=False, name=None)) >= {("conv", "FO")}
-    assert {cell.split(",")[0] for cell in read_runs(STUDY).missing} == {"signs"}
+    assert {cell.method for cell in read_runs(STUDY).missing} == {"signs"}
 
 
 def test_report_says_who_wins_and_how_rates_were_chosen(home: Path) -> None:
@@ -136,6 +136,30 @@ def test_report_says_who_wins_and_how_rates_were_chosen(home: Path) -> None:
     assert "judged on 10 % of the training data" in summary
     page = (report / "report.html").read_text()
     assert page.count('<img src="data:image/svg+xml;base64,') == 2 * 3  # a panel each
+
+
+def test_tables_alone_give_the_same_report(home: Path, tmp_path: Path) -> None:
+    report = home / STUDY / "report"
+    for name in ("results.csv", "trials.csv", "declaration.yaml"):
+        shutil.copy(report / name, tmp_path)
+    assert main(["report", str(tmp_path / "results.csv")]) == 0
+    for name in ("results.csv", "trials.csv", "declaration.yaml", "summary.md"):
+        assert (tmp_path / "results_report" / name).read_bytes() == (report / name).read_bytes(), name
+    for name in ("trials.csv", "declaration.yaml"):
+        (tmp_path / name).unlink()
+    assert main(["report", str(tmp_path / "results.csv")]) == 0  # drawn again with less
+    assert not {"trials.csv", "declaration.yaml"} & {file.name for file in (tmp_path / "results_report").iterdir()}
+
+
+@pytest.mark.parametrize(("old", "new"), [("False", "no"), (",0.01,", ",1e-09,")], ids=["truth", "twice"])
+def test_damaged_trials_beside_a_table_are_named(home: Path, tmp_path: Path, old: str, new: str) -> None:
+    for name in ("results.csv", "trials.csv"):
+        shutil.copy(home / STUDY / "report" / name, tmp_path)
+    trials = tmp_path / "trials.csv"
+    assert old in trials.read_text()
+    trials.write_text(trials.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=r"trials\.csv' is damaged"):
+        read_runs(tmp_path / "results.csv")
 
 
 def test_table_alone_gives_the_same_figures(home: Path, tmp_path: Path) -> None:

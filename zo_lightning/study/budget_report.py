@@ -9,12 +9,13 @@ import pandas as pd
 from zo_lightning.study.figures.budgets import COSTS, MEASURES, measure_of, middle_of, reached_by_cost
 from zo_lightning.study.figures.style import rows_of
 from zo_lightning.study.grid import slug
-from zo_lightning.study.page import rendered, section_lines, settings_of, table_lines
-from zo_lightning.study.runs_table import Runs, write_runs
+from zo_lightning.study.page import cells_missing, missing_lines, rendered, section_lines, settings_of, table_lines
+from zo_lightning.study.runs_table import TRIALS_FILE, Runs, write_runs
 from zo_lightning.study.sections import Drawing, Section
 from zo_lightning.study.statistics import Interval, mean_interval
+from zo_lightning.study.tables import RESULTS
 
-_FILES = "results.csv beside this page, a row per run, and trials.csv"
+_FILES = f"results.csv beside this page, a row per run, and {TRIALS_FILE}"
 _NOTE = (
     "Test accuracy of the last weights (of a regression: test loss), measured once, at the end; in brackets the 95 % "
     "interval of the mean over seeds (Student's t). Differences are paired by seed. A budget is in forward passes of "
@@ -45,13 +46,13 @@ def sections_by_task(runs: Runs) -> list[Section]:
 
 def write_budget_files(runs: Runs, sections: list[Section], output: Path, page: Path) -> None:
     """Write the page, whose figures are drawn, ``summary.md``, and the tables as CSV."""
-    write_runs(runs, output / "results.csv")
-    if not runs.trials.empty:
-        runs.trials.to_csv(output / "trials.csv", index=False)
-    table, missing = winners(runs), [f"{cell} ({reason})" for cell, reason in runs.missing.items()]
-    lines = [f"# Study {runs.name}", "", _overview(runs), ""]
-    if missing:
-        lines += ["Missing cells: " + "; ".join(missing) + ".", ""]
+    write_runs(runs, output / RESULTS)
+    if runs.trials.empty:
+        (output / TRIALS_FILE).unlink(missing_ok=True)  # an earlier report's
+    else:
+        runs.trials.to_csv(output / TRIALS_FILE, index=False)
+    table = winners(runs)
+    lines = [f"# Study {runs.name}", "", _overview(runs), "", *missing_lines(runs.missing)]
     lines += ["## Who wins where", "", *table_lines(table), "", _NOTE, ""]
     for section in sections:
         lines += section_lines(section)
@@ -60,7 +61,7 @@ def write_budget_files(runs: Runs, sections: list[Section], output: Path, page: 
         rendered(
             name=runs.name,
             overview=_overview(runs),
-            missing=missing,
+            missing=cells_missing(runs.missing),
             sections=sections,
             table_title="Who wins where",
             table=table,

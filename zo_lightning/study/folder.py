@@ -2,10 +2,10 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -16,8 +16,11 @@ from zo_lightning.user_errors import UserError
 
 DECLARATION = "study.yaml"
 DECLARED = "declaration.yaml"  # the same, beside the tables of a report
+FAILED = "error.txt"
 FINISHED = "finished.yaml"  # a run's folder holds it when, and only when, the run is complete
 METRICS = "metrics.csv"
+
+T = TypeVar("T")
 
 
 def claim(study: Study, folder: Path) -> None:
@@ -77,6 +80,28 @@ def seconds_of(folder: Path, cell: Cell) -> float | None:
         return float(about["seconds"]) if whole else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
         return None
+
+
+def read_finished(study: Study, folder: Path, read: Callable[[Cell, Path], T]) -> tuple[list[T], dict[Cell, str]]:
+    """What ``read`` finds of each complete run in its folder; and the cells of which it finds nothing, with the reason.
+
+    Raises:
+        UserError: it finds nothing at all.
+    """
+    found, missing = [], {}
+    for cell in study.cells():
+        run = folder / cell.folder
+        if not is_finished(folder, cell):
+            missing[cell] = "failed" if (run / FAILED).is_file() else "not finished" if run.exists() else "not begun"
+            continue
+        try:
+            found.append(read(cell, run))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+            missing[cell] = f"damaged ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+    if not found:
+        reasons = ", ".join(sorted(set(missing.values())))
+        raise UserError(f"'{folder}': none of its {len(missing)} cells is finished ({reasons})")
+    return found, missing
 
 
 def running(folder: Path) -> contextlib.AbstractContextManager[None]:

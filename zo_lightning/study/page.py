@@ -1,5 +1,6 @@
 """The report on a study of training curves as text: the page and its summary."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pandas as pd
 import yaml
 
 from zo_lightning.study.claims import Claim
-from zo_lightning.study.grid import Study
+from zo_lightning.study.grid import Cell, Study
 from zo_lightning.study.results import Results
 from zo_lightning.study.sections import Section
 
@@ -33,7 +34,7 @@ def html(results: Results, claims: list[Claim], table: pd.DataFrame, sections: l
         claims=claims,
         claims_note=_CLAIMS_NOTE,
         diverged=_diverged(results) if results.diverged else "",
-        missing=_missing(results),
+        missing=cells_missing(results.missing),
         sections=sections,
         table_title="After the last epoch",
         table=table,
@@ -77,6 +78,18 @@ def section_lines(section: Section) -> list[str]:
     return lines + [f"Not drawn ({one.name}): {one.reason}." for one in section.figures if one.reason]
 
 
+def cells_missing(missing: Mapping[Cell, str]) -> list[str]:
+    """Which cells have no run, and why."""
+    return [f"{cell} ({reason})" for cell, reason in missing.items()]
+
+
+def missing_lines(missing: Mapping[Cell, str]) -> list[str]:
+    """The first of them in Markdown, and how many more there are."""
+    named = cells_missing(missing)
+    more = f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+    return ["Missing cells: " + "; ".join(named[:_NAMED]) + more + ".", ""] if named else []
+
+
 def markdown(results: Results, claims: list[Claim], table: pd.DataFrame, sections: list[Section]) -> str:
     """The summary, which shows the figures that lie beside it as PNG."""
     lines = [f"# Study {results.study.name}", "", _overview(results), ""]
@@ -86,10 +99,7 @@ def markdown(results: Results, claims: list[Claim], table: pd.DataFrame, section
         lines += ["", _CLAIMS_NOTE, ""]
     if results.diverged:
         lines += [_diverged(results), ""]
-    if results.missing:
-        named = _missing(results)
-        more = f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-        lines += ["Missing cells: " + "; ".join(named[:_NAMED]) + more + ".", ""]
+    lines += missing_lines(results.missing)
     lines += [*table_lines(table), "", _table_note(results), ""]
     for section in sections:
         lines += section_lines(section)
@@ -112,7 +122,3 @@ def _table_note(results: Results) -> str:
 def _diverged(results: Results) -> str:
     """Which runs ended without a finite loss; means over their seeds are not drawn or NaN."""
     return f"Diverged, so that means over seeds have no value: {'; '.join(map(str, results.diverged))}."
-
-
-def _missing(results: Results) -> list[str]:
-    return [f"{cell} ({reason})" for cell, reason in results.missing.items()]

@@ -138,6 +138,8 @@ def _write_budget_report(source: Path, output: Path, progress: Progress) -> Path
     sections, page = sections_by_task(runs), output / PAGE
     if runs.study is not None:
         _write_declaration(runs.study, output)
+    else:
+        (output / DECLARED).unlink(missing_ok=True)  # an earlier report's
     _draw_all(sections, output, None, progress)
     write_budget_files(runs, sections, output, page)
     return page

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from zo_lightning.study.folder import FINISHED, is_finished, read_declaration
+from zo_lightning.study.folder import FINISHED, read_declaration, read_finished
 from zo_lightning.study.grid import Cell, Method, Study
-from zo_lightning.study.runs import FAILED
 from zo_lightning.study.tables import declared_beside, missing_cells, name_of, read_table
 from zo_lightning.user_errors import UserError
 
@@ -120,19 +119,7 @@ def _named_in(table: pd.DataFrame, name: str) -> Study:
 
 def _from_folder(folder: Path) -> Results:
     study = read_declaration(folder)
-    tables, missing = [], {}
-    for cell in study.cells():
-        run = folder / cell.folder
-        if not is_finished(folder, cell):
-            missing[cell] = "failed" if (run / FAILED).is_file() else "not finished" if run.exists() else "not begun"
-            continue
-        try:
-            tables.append(_read_run(run, cell))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-            missing[cell] = f"damaged ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
-    if not tables:
-        reasons = sorted(set(missing.values()))
-        raise UserError(f"'{folder}': none of its {len(missing)} cells is finished ({', '.join(reasons)})")
+    tables, missing = read_finished(study, folder, _read_run)
     table = pd.concat(tables, ignore_index=True)
     return Results(study, folder, table, missing, _published_for(table))
 
@@ -165,7 +152,7 @@ def write_results(results: Results, path: Path) -> None:
     results.table.to_csv(path, index=False)
 
 
-def _read_run(run: Path, cell: Cell) -> pd.DataFrame:
+def _read_run(cell: Cell, run: Path) -> pd.DataFrame:
     about: dict[str, Any] = yaml.safe_load((run / FINISHED).read_text(encoding="utf-8"))
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     log = pd.read_csv(run / "metrics.csv", dtype=str).astype(float)  # Python's own conversion: exact to the last bit

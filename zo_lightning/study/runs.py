@@ -20,6 +20,7 @@ from zo_lightning.locks import locked
 from zo_lightning.modules.driver import TrainingDiverged
 from zo_lightning.study.backends import Backend, Parallel, engine, worker_died
 from zo_lightning.study.folder import (
+    FAILED,
     FINISHED,
     METRICS,
     is_finished,
@@ -34,7 +35,6 @@ from zo_lightning.study.reached import REACHED, choose_rates, measure
 # Runs `fit` with the given words of a command line and returns the Trainer; given by the floor above.
 Fit = Callable[[Sequence[str]], Any]
 
-FAILED = "error.txt"
 LOG = "log.txt"
 
 

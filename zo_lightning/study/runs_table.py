@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
-from zo_lightning.study.folder import is_finished, read_declaration
-from zo_lightning.study.grid import Study
+from zo_lightning.study.folder import is_finished, read_declaration, read_finished
+from zo_lightning.study.grid import Cell, Study
 from zo_lightning.study.reached import choose_rates, read_reached
-from zo_lightning.study.runs import FAILED
-from zo_lightning.study.tables import declared_beside, missing_cells, name_of, read_table
+from zo_lightning.study.tables import RESULTS, declared_beside, missing_cells, name_of, read_table
 from zo_lightning.user_errors import UserError
 
 _NUMBERS = ("budget", "seed", "d", "accuracy", "loss", "flops", "passes", "steps", "seconds", "lr")
 COLUMNS = ("task", "method", *_NUMBERS, "device")
 TRIALS = ("task", "method", "lr", "accuracy", "loss", "chosen")
+TRIALS_FILE = "trials.csv"
+"""The table of trials that a report writes beside its ``results.csv``."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Runs:
             of all training steps, ``lr`` at their start.
         trials: a row per finished trial, with `TRIALS`; accuracy and loss on training data that were held out.
         study: the declaration; None where the table comes from a file without one.
-        missing: runs that there should be, and why they are not there.
+        missing: cells without a run, and why.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Runs:
     table: pd.DataFrame
     trials: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(TRIALS)))
     study: Study | None = None
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: dict[Cell, str] = field(default_factory=dict)
 
     @property
     def methods(self) -> list[str]:
@@ -54,10 +54,10 @@ class Runs:
 
 
 def read_runs(source: Path) -> Runs:
-    """Read a study's folder, or a CSV file of such runs.
+    """Read a study's folder, or a CSV file of such runs, and of a ``results.csv`` the trials beside it.
 
     Raises:
-        UserError: there is no finished run in it, or it is something else.
+        UserError: there is no finished run in it, or it is something else; or what stands beside it is damaged.
     """
     return _from_file(source) if source.is_file() else _from_folder(source)
 
@@ -72,30 +72,23 @@ def _from_file(path: Path) -> Runs:
     table = read_table(path, COLUMNS, ("task", "method", "budget", "seed"))
     if table.empty:
         raise UserError(f"'{path}' has no rows")
-    study = declared_beside(path)
+    study, trials = declared_beside(path), _trials_beside(path)
     if study is None:
-        return Runs(name_of(path), str(table["method"].iloc[0]), table)
-    missing = {str(cell): "not in the table" for cell in missing_cells(path, table, study)}
-    return Runs(study.name, study.reference, table, study=study, missing=missing)
+        return Runs(name_of(path), str(table["method"].iloc[0]), table, trials)
+    missing = dict.fromkeys(missing_cells(path, table, study), "not in the table")
+    return Runs(study.name, study.reference, table, trials, study, missing)
+
+
+def _trials_beside(path: Path) -> pd.DataFrame:
+    beside = path.with_name(TRIALS_FILE)
+    if path.name != RESULTS or not beside.is_file():
+        return pd.DataFrame(columns=list(TRIALS))
+    return read_table(beside, TRIALS, ("task", "method", "lr"))
 
 
 def _from_folder(folder: Path) -> Runs:
     study = read_declaration(folder)
-    rows, missing = [], {}
-    for cell in study.cells():
-        run = folder / cell.folder
-        if not is_finished(folder, cell):
-            missing[str(cell)] = (
-                "failed" if (run / FAILED).is_file() else "not finished" if run.exists() else "not begun"
-            )
-            continue
-        try:
-            rows.append(_row({"task": cell.task, "method": cell.method, "budget": cell.budget, "seed": cell.seed}, run))
-        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-            missing[str(cell)] = f"damaged ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
-    if not rows:
-        reasons = ", ".join(sorted(set(missing.values())))
-        raise UserError(f"'{folder}': none of its {len(missing)} cells is finished ({reasons})")
+    rows, missing = read_finished(study, folder, _row)
     digits = {"accuracy": 5, "loss": 5, "passes": 2, "seconds": 2}  # that mean something: the table is to be read
     table = pd.DataFrame(rows, columns=list(COLUMNS)).round(digits)
     order = {"task": list(study.tasks), "method": list(study.methods)}
@@ -107,7 +100,8 @@ def _from_folder(folder: Path) -> Runs:
     return Runs(study.name, study.reference, table, _trials(study, folder), study, missing)
 
 
-def _row(key: dict[str, Any], run: Path) -> dict[str, Any]:
+def _row(cell: Cell, run: Path) -> dict[str, Any]:
+    key = {"task": cell.task, "method": cell.method, "budget": cell.budget, "seed": cell.seed}
     reached = read_reached(run)
     numbers = {name: float("nan") if reached[name] is None else reached[name] for name in _NUMBERS if name not in key}
     return {**key, **numbers, "device": str(reached["device"])}

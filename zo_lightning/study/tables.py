@@ -15,6 +15,7 @@ RESULTS = "results.csv"
 
 _TEXTS = ("method", "task", "data", "device", "layer")
 _WHOLE = ("d", "seed", "epoch", "budget", "steps")
+_TRUTHS = ("chosen",)
 
 
 def begins_with(path: Path, columns: Sequence[str]) -> bool:
@@ -51,6 +52,10 @@ def read_table(path: Path, columns: Sequence[str], keys: Sequence[str]) -> pd.Da
                     raise ValueError(f"a {column} is empty")
             elif column in _WHOLE:
                 table[column] = table[column].astype(int)
+            elif column in _TRUTHS:
+                if not table[column].isin(["True", "False"]).all():
+                    raise ValueError(f"{column} is to be True or False")
+                table[column] = table[column] == "True"
             else:  # by Python's own conversion, exact
                 table[column] = table[column].replace("", "nan").astype(float)
     except (ValueError, OverflowError, csv.Error) as error:
