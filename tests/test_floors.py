@@ -38,6 +38,7 @@ FLOORS = {
     "filters": 0,
     "trajectories": 0,
     "palette": 0,
+    "allocator": 0,
     "perturbed": 1,
     "evaluation": 2,
     "estimators": 3,

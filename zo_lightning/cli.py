@@ -17,6 +17,7 @@ from pytorch_lightning.cli import (
 )
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from zo_lightning.allocator import keep_freed_memory
 from zo_lightning.callbacks.exact_resume import ExactResume, saved_state
 from zo_lightning.callbacks.gradient_free import GradientFree
 from zo_lightning.callbacks.last_checkpoint import LastCheckpoint, telling_exit_code
@@ -225,6 +226,7 @@ class CLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train, in a folder of the run's own; called by LightningCLI in place of ``Trainer.fit``."""
         trainer = self.trainer
+        keep_freed_memory()
         with own_folder(trainer):
             if self.checkpoint is not None and trainer.is_global_zero:
                 marks = saved_state(self.checkpoint).get("curves", [])
