@@ -9,7 +9,7 @@ import pytest
 
 # Three tensors of 20 MB live at a time: more than glibc keeps by itself, twice the largest that was freed.
 _PROGRAM = """
-import resource, sys
+import resource
 import torch
 from zo_lightning.allocator import keep_freed_memory
 
@@ -20,16 +20,16 @@ def faults():
         del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-kept = len(sys.argv) > 1 and keep_freed_memory()
+kept = keep_freed_memory()
 faults()
 print(kept, faults())
 """
 
 
-def pages(*words: str, **environment: str) -> tuple[bool, int]:
+def pages(**environment: str) -> tuple[bool, int]:
     """Whether memory is kept, and the pages that ten rounds have asked the system for."""
     plain = {name: value for name, value in os.environ.items() if "MALLOC" not in name and name != "GLIBC_TUNABLES"}
-    command = [sys.executable, "-c", _PROGRAM, *words]
+    command = [sys.executable, "-c", _PROGRAM]
     run = subprocess.run(command, env={**plain, **environment}, capture_output=True, text=True, check=True)
     kept, faults = run.stdout.split()
     return kept == "True", int(faults)
@@ -37,11 +37,11 @@ def pages(*words: str, **environment: str) -> tuple[bool, int]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
 def test_freed_tensors_serve_the_next_ones() -> None:
-    (_, before), (kept, after) = pages(), pages("keep")
+    kept, faults = pages()
     assert kept
-    assert after < before / 100  # of 10 · 3 · 20 MB, with pages of 4 KB 150,000
+    assert faults < 1000  # of 150,000, 10 · 3 · 20 MB by 4 KB: by default most of them, or none, as chance has it
 
 
 def test_the_environment_has_the_last_word() -> None:
-    assert not pages("keep", MALLOC_TRIM_THRESHOLD_="131072")[0]
-    assert not pages("keep", GLIBC_TUNABLES="glibc.malloc.trim_threshold=131072")[0]
+    assert not pages(MALLOC_TRIM_THRESHOLD_="131072")[0]
+    assert not pages(GLIBC_TUNABLES="glibc.malloc.trim_threshold=131072")[0]

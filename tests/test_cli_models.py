@@ -239,3 +239,22 @@ def test_a_module_with_an_estimator_keeps_it(capsys: pytest.CaptureFixture[str])
     assert "after 2 steps, 4 forward passes" in capsys.readouterr().out
     assert cli(f"fit --model theirs.Mixed --estimator Backprop {SHORT}") == 2
     assert "Mixed has an estimator of its own: give --model.estimator" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "keeps"),
+    [
+        ("--model.memory full", True),
+        ("--model.optimizer SGD --model.memory lean", False),
+        ("--model theirs.LitNet --trainer.callbacks GradientFree --trainer.callbacks.memory lean", False),
+        ("--model theirs.LitNet", True),
+    ],
+    ids=["full", "lean", "lean callback", "neither"],
+)
+def test_freed_memory_is_kept_where_time_counts_for_more(
+    words: str, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr("zo_lightning.cli.keep_freed_memory", lambda: calls.append(True))
+    assert cli(f"fit {words} {SHORT}") == 0
+    assert bool(calls) == keeps

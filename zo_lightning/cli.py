@@ -36,6 +36,7 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import Classifier, EstimatedGradient, TrainingDiverged
 from zo_lightning.modules.configured import configured
 from zo_lightning.modules.driver import driver_of
+from zo_lightning.modules.memory import is_frugal
 from zo_lightning.presets import with_paths
 from zo_lightning.runs import find_checkpoint, named_folders, own_folder, settle_in
 from zo_lightning.study.folder import FINISHED
@@ -226,7 +227,8 @@ class CLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train, in a folder of the run's own; called by LightningCLI in place of ``Trainer.fit``."""
         trainer = self.trainer
-        keep_freed_memory()
+        if not is_frugal(self.model, _callbacks(trainer)):
+            keep_freed_memory()
         with own_folder(trainer):
             if self.checkpoint is not None and trainer.is_global_zero:
                 marks = saved_state(self.checkpoint).get("curves", [])

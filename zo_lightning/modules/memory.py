@@ -1,5 +1,6 @@
 """Whether the optimizer steps one weight after the other, each as soon as its estimate is there."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
@@ -43,11 +44,20 @@ def chooses_lean(memory: Memory, trainer: Any, module: Any, estimator: GradientE
         return False
     against = _against(trainer, module, estimator)
     if memory == "auto":
-        trained = [p for p in module.parameters() if p.requires_grad and not is_lazy(p)]
-        return not against and sum(p.numel() for p in trained) >= LARGE
+        return not against and _is_large(module)
     if against:
         raise MisconfigurationException(f"memory='lean': {'; '.join(against)}. Take memory='full'")
     return True
+
+
+def is_frugal(module: Any, callbacks: Iterable[Any]) -> bool:
+    """Whether memory counts for more than time, as far as can be told before ``fit``: by what is asked, or by size."""
+    asked = {getattr(owner, "memory", None) for owner in (module, *callbacks)}
+    return "lean" in asked or ("full" not in asked and _is_large(module))
+
+
+def _is_large(module: Any) -> bool:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad and not is_lazy(p)) >= LARGE
 
 
 def _against(trainer: Any, module: Any, estimator: GradientEstimator) -> list[str]:
