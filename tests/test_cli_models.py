@@ -26,10 +26,14 @@ SHORT = f"--trainer.limit_train_batches 2 --trainer.max_epochs 1 {QUIET}"
 
 THEIRS = """
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import Callback, LightningModule
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+
+class Remembers(Callback):
+    memory = []
 
 
 class LitNet(LightningModule):
@@ -248,8 +252,9 @@ def test_a_module_with_an_estimator_keeps_it(capsys: pytest.CaptureFixture[str])
         ("--model.optimizer SGD --model.memory lean", False),
         ("--model theirs.LitNet --trainer.callbacks GradientFree --trainer.callbacks.memory lean", False),
         ("--model theirs.LitNet", True),
+        ("--model theirs.LitNet --trainer.callbacks theirs.Remembers", True),
     ],
-    ids=["full", "lean", "lean callback", "neither"],
+    ids=["full", "lean", "lean callback", "neither", "a memory of another kind"],
 )
 def test_freed_memory_is_kept_where_time_counts_for_more(
     words: str, keeps: bool, monkeypatch: pytest.MonkeyPatch
@@ -258,3 +263,7 @@ def test_freed_memory_is_kept_where_time_counts_for_more(
     monkeypatch.setattr("zo_lightning.cli.keep_freed_memory", lambda: calls.append(True))
     assert cli(f"fit {words} {SHORT}") == 0
     assert bool(calls) == keeps
+    calls.clear()
+    monkeypatch.setattr("zo_lightning.modules.memory.LARGE", 1)  # from which on `auto` is lean
+    assert cli(f"fit {words} {SHORT}") == 0
+    assert bool(calls) == ("full" in words)

@@ -36,7 +36,7 @@ from zo_lightning.estimators import GradientEstimator
 from zo_lightning.modules import Classifier, EstimatedGradient, TrainingDiverged
 from zo_lightning.modules.configured import configured
 from zo_lightning.modules.driver import driver_of
-from zo_lightning.modules.memory import is_frugal
+from zo_lightning.modules.memory import Memory, may_be_lean
 from zo_lightning.presets import with_paths
 from zo_lightning.runs import find_checkpoint, named_folders, own_folder, settle_in
 from zo_lightning.study.folder import FINISHED
@@ -227,7 +227,7 @@ class CLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train, in a folder of the run's own; called by LightningCLI in place of ``Trainer.fit``."""
         trainer = self.trainer
-        if not is_frugal(self.model, _callbacks(trainer)):
+        if trainer.strategy.root_device.type == "cpu" and not self._saves_memory():
             keep_freed_memory()
         with own_folder(trainer):
             if self.checkpoint is not None and trainer.is_global_zero:
@@ -236,6 +236,11 @@ class CLI(LightningCLI):
             self.checkpoint = self.checkpoint and {"global_step": self.checkpoint.get("global_step", 0)}  # frees memory
             with telling_exit_code(trainer):
                 trainer.fit(**{**kwargs, "weights_only": True})
+
+    def _saves_memory(self) -> bool:
+        owners = (self.model, *_callbacks(self.trainer))
+        asked: list[Memory] = [one.memory for one in owners if isinstance(one, EstimatedGradient | GradientFree)]
+        return may_be_lean(asked[0] if asked else "full", self.model)
 
     def _find_checkpoint(self) -> None:
         """Read the checkpoint that ``last`` or ``best`` stands for, and choose the run's folder."""

@@ -183,6 +183,24 @@ def test_batch_normalization_with_the_statistics_of_another_pass() -> None:
     assert torch.allclose(later.output(lambda: torch.zeros(())), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_both_passes_of_a_batch_normalization_are_the_nets_own(dtype: torch.dtype) -> None:
+    x = tensor(16, 3, 5).to(dtype)
+    x[:, 1], x[:, 2] = 0.5, x[:, 2] * 1e-4  # a channel that is constant, and one whose variance is far below ε
+    first, later = (BatchNormalization(F.batch_norm, (x, None, None, None, None, True), {}) for _ in range(2))
+    later.begin(first.begin(None))
+    expected = F.batch_norm(x, None, None, training=True)
+    for found in (first.x, later.x):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_batch_normalization_of_no_examples() -> None:
+    first, later = (BatchNormalization(F.batch_norm, (tensor(0, 4), None, None, None, None, True), {}) for _ in "ab")
+    later.begin(first.begin(None))
+    assert first.x.shape == later.x.shape == (0, 4)
+
+
 def test_project_turns_the_gradient_at_fixed_statistics_into_the_gradient() -> None:
     x = tensor(5, 2, 3).requires_grad_()
     gamma, delta = weight(2), tensor(5, 2, 3)

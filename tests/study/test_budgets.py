@@ -1,5 +1,6 @@
 """Studies with tasks, budgets and learning rates to choose from: what they run, choose and say."""
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -180,9 +181,39 @@ def test_a_declaration_beside_the_table_gives_name_reference_and_what_is_missing
     runs = read_runs(tmp_path / "results.csv")
     declared = read_declaration(home / STUDY)
     assert (runs.name, runs.reference) == (declared.name, declared.reference) and len(runs.missing) == 1
+    (tmp_path / "results.csv").write_text("".join(text[:2]))
+    assert main(["report", str(tmp_path / "results.csv")]) == 0
+    assert re.search(r"Missing cells: .* \(not in the table\); and 3 more\.\n", _summary(tmp_path))
     (tmp_path / "results.csv").write_text(text[0] + text[1].replace("conv,", "dense,"))
     with pytest.raises(UserError, match="none of the study's in declaration.yaml"):
         read_runs(tmp_path / "results.csv")
+
+
+def test_trials_of_some_methods_are_not_called_all(home: Path, tmp_path: Path) -> None:
+    for name in ("results.csv", "trials.csv"):
+        shutil.copy(home / STUDY / "report" / name, tmp_path)
+    trials = (tmp_path / "trials.csv").read_text().splitlines(keepends=True)
+    assert main(["report", str(tmp_path / "results.csv")]) == 0
+    assert "Each method had as many trials as the others." in _summary(tmp_path)
+    (tmp_path / "trials.csv").write_text("".join(trials[:-1]))
+    assert main(["report", str(tmp_path / "results.csv")]) == 0
+    assert "Not all trials are here." in _summary(tmp_path)
+    (tmp_path / "trials.csv").write_text("".join(trials).replace("False", "True"))
+    with pytest.raises(UserError, match="two learning rates are chosen at one task"):
+        read_runs(tmp_path / "results.csv")
+
+
+def test_report_keeps_what_it_said_of_trials_that_are_gone(home: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(home / STUDY, tmp_path / STUDY)
+    before = (STUDY / "report" / "trials.csv").read_bytes()
+    shutil.rmtree(STUDY / "_trials")
+    assert main(["report", str(STUDY)]) == 0
+    assert (STUDY / "report" / "trials.csv").read_bytes() == before
+
+
+def _summary(folder: Path) -> str:
+    return (folder / "results_report" / "summary.md").read_text()
 
 
 def test_foreign_table_is_refused(tmp_path: Path, capsys: Any) -> None:

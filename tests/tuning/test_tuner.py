@@ -131,7 +131,7 @@ def test_ranks_of_losses_have_the_mu_of_losses() -> None:
 def test_lean_slopes_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     scans = []
     for large in (10**9, 1):
-        monkeypatch.setattr("zo_lightning.tuning.tuner.LARGE", large)
+        monkeypatch.setattr("zo_lightning.modules.memory.LARGE", large)
         torch.manual_seed(0)
         scans.append(zo.tune(Halved(), loader(), estimator=zo.ZerothOrder(seed=0), steps=4, progress=False).scan)
     assert scans[0] == scans[1] is not None

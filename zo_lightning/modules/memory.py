@@ -1,6 +1,5 @@
 """Whether the optimizer steps one weight after the other, each as soon as its estimate is there."""
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
@@ -40,24 +39,19 @@ def chooses_lean(memory: Memory, trainer: Any, module: Any, estimator: GradientE
     """
     if memory not in ("auto", "lean", "full"):
         raise MisconfigurationException(f"memory must be 'auto', 'lean' or 'full', got {memory!r}")
-    if memory == "full":
+    if not may_be_lean(memory, module):
         return False
     against = _against(trainer, module, estimator)
-    if memory == "auto":
-        return not against and _is_large(module)
-    if against:
+    if against and memory == "lean":
         raise MisconfigurationException(f"memory='lean': {'; '.join(against)}. Take memory='full'")
-    return True
+    return not against
 
 
-def is_frugal(module: Any, callbacks: Iterable[Any]) -> bool:
-    """Whether memory counts for more than time, as far as can be told before ``fit``: by what is asked, or by size."""
-    asked = {getattr(owner, "memory", None) for owner in (module, *callbacks)}
-    return "lean" in asked or ("full" not in asked and _is_large(module))
-
-
-def _is_large(module: Any) -> bool:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad and not is_lazy(p)) >= LARGE
+def may_be_lean(memory: Memory, module: Any) -> bool:
+    """Whether training may take the memory of inference: by what is asked and by size, whatever is against it."""
+    if memory == "auto":
+        return sum(p.numel() for p in module.parameters() if p.requires_grad and not is_lazy(p)) >= LARGE
+    return memory == "lean"
 
 
 def _against(trainer: Any, module: Any, estimator: GradientEstimator) -> list[str]:

@@ -80,14 +80,22 @@ class BatchNormalization(Affine):
         self.own_output = statistics is not None
         mean, var = self.running if statistics is None else statistics
         if statistics is None and self.couples:
-            # In float32, and by the kernel of the net's own pass: the passes of a step must not differ by rounding.
-            wide = self.input.to(torch.promote_types(self.input.dtype, torch.float32))
-            x, mean, scale = torch.native_batch_norm(wide, None, None, None, None, True, 0.0, self.eps)
-            self.x = x.to(self.input.dtype)
-            return mean, scale**-2 - self.eps
+            return self._normalise_by_batch()
         assert mean is not None and var is not None
         self.x = F.batch_norm(self.input, mean, var, eps=self.eps)
         return mean, var
+
+    def _normalise_by_batch(self) -> tuple[Tensor, Tensor]:
+        # In float32, as the net's own pass has them: the passes of a step must not differ by more than rounding.
+        wide = self.input.to(torch.promote_types(self.input.dtype, torch.float32))
+        if wide.numel() == 0:  # which PyTorch's kernel refuses, and a layer takes
+            self.x = self.input
+            return wide.new_zeros(wide.shape[1]), wide.new_zeros(wide.shape[1])
+        x, mean, inverse = torch.native_batch_norm(wide, None, None, None, None, True, 0.0, self.eps)
+        self.x = x.to(self.input.dtype)
+        # The kernel, several times faster than torch.var_mean, gives 1/√(var + ε): of a smaller variance than ε only
+        # the sum is exact, and nothing else is asked of it.
+        return mean, inverse**-2 - self.eps
 
     def output(self, original: Callable[[], Tensor]) -> Tensor:
         """By the statistics of the step's first pass."""

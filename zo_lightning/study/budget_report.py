@@ -15,7 +15,7 @@ from zo_lightning.study.sections import Drawing, Section
 from zo_lightning.study.statistics import Interval, mean_interval
 from zo_lightning.study.tables import RESULTS
 
-_FILES = f"results.csv beside this page, a row per run, and {TRIALS_FILE}"
+_FILES = "results.csv beside this page, a row per run"
 _NOTE = (
     "Test accuracy of the last weights (of a regression: test loss), measured once, at the end; in brackets the 95 % "
     "interval of the mean over seeds (Student's t). Differences are paired by seed. A budget is in forward passes of "
@@ -47,9 +47,7 @@ def sections_by_task(runs: Runs) -> list[Section]:
 def write_budget_files(runs: Runs, sections: list[Section], output: Path, page: Path) -> None:
     """Write the page, whose figures are drawn, ``summary.md``, and the tables as CSV."""
     write_runs(runs, output / RESULTS)
-    if runs.trials.empty:
-        (output / TRIALS_FILE).unlink(missing_ok=True)  # an earlier report's
-    else:
+    if not runs.trials.empty:
         runs.trials.to_csv(output / TRIALS_FILE, index=False)
     table = winners(runs)
     lines = [f"# Study {runs.name}", "", _overview(runs), "", *missing_lines(runs.missing)]
@@ -67,7 +65,7 @@ def write_budget_files(runs: Runs, sections: list[Section], output: Path, page: 
             table=table,
             table_note=_NOTE,
             settings={} if runs.study is None else settings_of(runs.study),
-            files=_FILES if not runs.trials.empty else _FILES.partition(",")[0],
+            files=_FILES + (f", and {TRIALS_FILE}" if not runs.trials.empty else ""),
         ),
         encoding="utf-8",
     )
@@ -147,15 +145,17 @@ def _chosen_rates(runs: Runs, number: int) -> Section:
                 f"lr: {measure} on held-out data": tried,
             }
         )
-    said = "Each method had as many trials as the others."
+    counts = runs.trials.groupby(["task", "method"]).size()
+    is_whole = len(counts) == len(runs.tasks) * len(runs.methods) and counts.nunique() == 1
+    said = "Each method had as many trials as the others" if is_whole else "Not all trials are here"
     if runs.study is not None and (trials := runs.study.trials) is not None:
-        said = (
-            f"Each method had as many trials as the others, of {trials.budget:,} passes with seed {trials.seed}, "
-            f"judged on {100 * trials.val_size:g} % of the training data, which they had not seen."
+        said += (
+            f", of {trials.budget:,} passes with seed {trials.seed}, "
+            f"judged on {100 * trials.val_size:g} % of the training data, which they had not seen"
         )
     edge = f" The best was the smallest or the largest that was tried: {'; '.join(edges)}." if edges else ""
     return Section(
-        "rates", f"{number}. How learning rates were chosen", said + edge, [], pd.DataFrame(rows).fillna("–")
+        "rates", f"{number}. How learning rates were chosen", f"{said}.{edge}", [], pd.DataFrame(rows).fillna("–")
     )
 
 

@@ -20,7 +20,7 @@ FAILED = "error.txt"
 FINISHED = "finished.yaml"  # a run's folder holds it when, and only when, the run is complete
 METRICS = "metrics.csv"
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def claim(study: Study, folder: Path) -> None:
@@ -82,7 +82,7 @@ def seconds_of(folder: Path, cell: Cell) -> float | None:
         return None
 
 
-def read_finished(study: Study, folder: Path, read: Callable[[Cell, Path], T]) -> tuple[list[T], dict[Cell, str]]:
+def read_finished(study: Study, folder: Path, read: Callable[[Cell, Path], _T]) -> tuple[list[_T], dict[Cell, str]]:
     """What ``read`` finds of each complete run in its folder; and the cells of which it finds nothing, with the reason.
 
     Raises:

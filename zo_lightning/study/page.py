@@ -1,4 +1,4 @@
-"""The report on a study of training curves as text: the page and its summary."""
+"""Reports as text: the parts of any page, and the page and the summary on a study of training curves."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,7 +84,7 @@ def cells_missing(missing: Mapping[Cell, str]) -> list[str]:
 
 
 def missing_lines(missing: Mapping[Cell, str]) -> list[str]:
-    """The first of them in Markdown, and how many more there are."""
+    """The first cells without a run in Markdown, and how many more there are."""
     named = cells_missing(missing)
     more = f"; and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
     return ["Missing cells: " + "; ".join(named[:_NAMED]) + more + ".", ""] if named else []

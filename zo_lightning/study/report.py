@@ -23,7 +23,7 @@ from zo_lightning.study.page import html, markdown
 from zo_lightning.study.results import COLUMNS, Results, read_results, write_results
 from zo_lightning.study.runs import Fit
 from zo_lightning.study.runs_table import COLUMNS as BUDGET_COLUMNS
-from zo_lightning.study.runs_table import read_runs
+from zo_lightning.study.runs_table import TRIALS_FILE, read_runs
 from zo_lightning.study.sections import Drawing, Section, minima_section, sections_of
 from zo_lightning.study.tables import RESULTS, begins_with, read_table
 from zo_lightning.study.weights import SIMILARITY, Progress, similarity
@@ -48,7 +48,7 @@ def write_report(
     is named, and the rest is drawn. Weights take room, and may be deleted once a report has measured them: what
     ``output`` says of a finished run whose weights are gone stays. ``source`` is the folder of a study, or the
     ``results.csv`` of a report; what that report has measured of weights is taken from the tables beside it, and
-    its declaration too. Figures of snapshots cannot be drawn then.
+    its declaration and its trials too. Figures of snapshots cannot be drawn then.
 
     Returns:
         The page.
@@ -136,10 +136,11 @@ def _write_budget_report(source: Path, output: Path, progress: Progress) -> Path
     runs = read_runs(source)
     _claim(output)
     sections, page = sections_by_task(runs), output / PAGE
+    if source.is_file():  # of a folder they say what trials were that have been removed since
+        for old in (DECLARED, TRIALS_FILE):
+            (output / old).unlink(missing_ok=True)
     if runs.study is not None:
         _write_declaration(runs.study, output)
-    else:
-        (output / DECLARED).unlink(missing_ok=True)  # an earlier report's
     _draw_all(sections, output, None, progress)
     write_budget_files(runs, sections, output, page)
     return page

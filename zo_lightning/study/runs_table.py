@@ -83,7 +83,10 @@ def _trials_beside(path: Path) -> pd.DataFrame:
     beside = path.with_name(TRIALS_FILE)
     if path.name != RESULTS or not beside.is_file():
         return pd.DataFrame(columns=list(TRIALS))
-    return read_table(beside, TRIALS, ("task", "method", "lr"))
+    trials = read_table(beside, TRIALS, ("task", "method", "lr"))
+    if (trials.groupby(["task", "method"])["chosen"].sum() > 1).any():
+        raise UserError(f"'{beside}' is damaged: of one method two learning rates are chosen at one task")
+    return trials
 
 
 def _from_folder(folder: Path) -> Runs:

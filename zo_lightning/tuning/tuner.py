@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from zo_lightning.difference_steps import StepScan
 from zo_lightning.estimators import GradientEstimator, ZerothOrder
-from zo_lightning.modules.memory import LARGE
+from zo_lightning.modules.memory import may_be_lean
 from zo_lightning.modules.training_step import TrainingStep
 from zo_lightning.objective import NonFiniteLoss
 from zo_lightning.tuning import rates
@@ -176,7 +176,7 @@ def _ask(objective: TrainingStep) -> float:
 
 def _slopes(estimator: GradientEstimator, objective: TrainingStep, module: LightningModule, step: int) -> Tensor | None:
     """The slopes that make an estimate, or where there are no such, the estimate; None where a loss is not finite."""
-    lean = estimator.can_be_lean and sum(p.numel() for p in module.parameters() if p.requires_grad) >= LARGE
+    lean = estimator.can_be_lean and may_be_lean("auto", module)
     try:
         estimate = estimator.estimate(objective, module, step, estimator.init(module), lean)
     except NonFiniteLoss:
