@@ -37,7 +37,7 @@ format: $(VENV)/.installed-dev ## Format the code, and fix what can be fixed
 	$(BIN)/ruff format
 
 docs: $(VENV)/.installed-docs ## Build the documentation, in build/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "The documentation: build/docs/index.html"
 
 release-check: $(VENV)/.installed-dev ## Build the packages, install each by itself, and train outside of the repository
