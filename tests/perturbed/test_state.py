@@ -115,7 +115,7 @@ def test_a_weight_that_no_pass_shows_is_named_once(caplog: pytest.LogCaptureFixt
     ]
     assert objective.forward_passes == 7, "the first pass is repeated"
     visible = {"0.weight": False, "0.bias": True, "2.weight": True, "2.bias": True}
-    assert state.state_dict() == {"visible": visible, "chunk_size": None, "shown": []}
+    assert state.state_dict() == {"visible": visible, "chunk_size": None, "shown": [], "pools": False}
     again = State()
     again.load_state_dict(state.state_dict())
     estimator.backward(objective, net, 3, again)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from zo_lightning.directions import Direction
 from zo_lightning.objective import Objective
+from zo_lightning.perturbed.pooling import FastPooling
 from zo_lightning.perturbed.weights import DisplacedWeights, ExchangedWeights, Points, Recent, Value, Weights
 from zo_lightning.vectors import Vector
 
@@ -33,6 +35,7 @@ class State:
         self._shown: list[str] = []  # names of the weights, once a pass has shown that nothing has to be watched
         self._estimate: object = None  # the latest, and whether its passes are not watched
         self._exchanges = False
+        self._pools = False  # whether a pass has called a max-pooling that can be made faster
         self._scratch: dict[str, list[tuple[Vector, int | None, list[Any]]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -41,23 +44,26 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how a run goes on, as plain containers and tensors."""
-        return {"visible": dict(self.visible), "chunk_size": self.chunk_size, "shown": list(self._shown)}
+        known = {"visible": dict(self.visible), "chunk_size": self.chunk_size}
+        return known | {"shown": list(self._shown), "pools": self._pools}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what ``state_dict`` gave."""
         self.visible, self.chunk_size = dict(state["visible"]), state["chunk_size"]
-        self._shown = list(state.get("shown", ()))
+        self._shown, self._pools = list(state["shown"]), state["pools"]
 
     def run(self, objective: Objective, weights: Weights, value: Value, ask: Callable[[Any], T]) -> T:
         """What ``ask`` returns for the context of a pass in which the uses of the weights see ``value``.
 
         A weight whose use the first pass does not show is not used, or read by code that cannot be watched. From then
         on it is moved in place; the pass is repeated. Once a pass has shown the uses of all, written into nothing and
-        asked for no ``.grad``, those of later steps are not watched. Within a step all are watched or none: compiled
-        code, which runs as it was written where it is watched, rounds otherwise, and draws other dropout masks.
+        asked for no ``.grad``, those of later steps are not watched, but for poolings. Within a step all are watched or
+        none: compiled code, which runs as it was written where it is watched, rounds otherwise, and draws other dropout
+        masks.
         """
         if self._can_exchange(objective, weights) and isinstance(value, Points):
-            answer = ask(ExchangedWeights(weights, value))
+            with FastPooling() if self._pools else nullcontext():
+                answer = ask(ExchangedWeights(weights, value))
             if objective.has_written:
                 self._shown, self._exchanges = [], False
             return answer
@@ -66,6 +72,7 @@ class State:
         answer = ask(watched)
         new = [k for k, name in enumerate(weights.names) if name not in self.visible]
         touches = objective.has_written or watched.reads_gradients
+        self._pools = self._pools or watched.pools
         if not touches and len(watched.seen) == len(weights) and all(map(_is_plain, weights)):
             self._shown = weights.names
         if not new:

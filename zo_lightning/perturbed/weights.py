@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from zo_lightning.compiled import as_written
 from zo_lightning.parameters import submodules
+from zo_lightning.perturbed.pooling import max_pool, may_gain
 
 Value = Callable[[int], Tensor]
 """From the position of a weight to what its uses see."""
@@ -110,6 +111,7 @@ class DisplacedWeights(TorchFunctionMode):
     Attributes:
         seen: positions of weights that the pass has used so far.
         reads_gradients: whether the pass has asked for the ``.grad`` of one.
+        pools: whether the pass has called a max-pooling that ``FastPooling`` may make faster.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class DisplacedWeights(TorchFunctionMode):
         self.weights, self.value, self.in_place, self.before_write = weights, value, in_place, before_write
         self.positions = {id(w): position for position, w in enumerate(weights) if position not in in_place}
         self.seen: set[int] = set()
-        self.reads_gradients = False
+        self.reads_gradients = self.pools = False
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._written: AbstractContextManager[Any] = nullcontext()
 
@@ -178,7 +180,8 @@ class DisplacedWeights(TorchFunctionMode):
         for name, argument in kwargs.items():
             if id(argument) in positions or type(argument) in _CONTAINERS:
                 kwargs = {**kwargs, name: self._displaced(argument)}
-        return func(*given, **kwargs)
+        self.pools = self.pools or may_gain(func, given)
+        return max_pool(func, given, kwargs)
 
     def _displaced(self, argument: Any) -> Any:
         position = self.positions.get(id(argument))
