@@ -32,7 +32,7 @@ def main() -> None:
         for method in METHODS:
             rounds = []
             for _ in range(options.rounds):
-                with patch.object(pooling, "_DIMENSIONS", {}):
+                with patch.object(pooling, "_FEW", float("inf")):
                     slow = step_time(method, net)
                 rounds.append((step_time(method, net), slow))
             ratios = sorted(fast / slow for fast, slow in rounds)

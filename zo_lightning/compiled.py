@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import nn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,6 +29,11 @@ def untraced(function: F) -> F:
         return (apart if _is_loaded() else function)(*args, **kwargs)
 
     return cast(F, called)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module, or one within it, is compiled, by ``torch.compile`` or by its own ``compile``."""
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in module.modules())
 
 
 def _is_loaded() -> bool:

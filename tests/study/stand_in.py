@@ -41,7 +41,11 @@ def fake_fit(words: Sequence[str]) -> Any:
     if settings["do"] == "wait":
         time.sleep(2)
     module = SimpleNamespace(parameters=lambda: iter([torch.zeros(3, requires_grad=True), torch.zeros(2)]))
-    return SimpleNamespace(interrupted=settings["do"] == "interrupt", lightning_module=module)
+    return SimpleNamespace(
+        interrupted=settings["do"] == "interrupt",
+        lightning_module=module,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
 
 
 def study(*seeds: int, options: tuple[str, ...] = (), **methods: str) -> Study:

@@ -1,9 +1,15 @@
 """What a study says in words and numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
+import pytest
 
+from tests.study.test_claims import NOTHING
 from zo_lightning.study import answers
+from zo_lightning.study.claims import claims_of
+from zo_lightning.study.figures import NothingToDraw
 from zo_lightning.study.minima import SHARPNESS
 from zo_lightning.study.results import Results
 from zo_lightning.study.sections import sections_of
@@ -27,6 +33,22 @@ def test_table_has_a_row_for_each_method_and_size(results: Results) -> None:
     assert table["method"].tolist() == ["FO-AdaMM", "ZO-AdaMM"] * 2
     assert set(table["epochs"]) == {"3"}
     assert table["accuracy − FO-AdaMM's"].eq("–").tolist() == [True, False] * 2
+
+
+def test_seconds_of_several_devices_are_not_compared(results: Results) -> None:
+    devices = np.where(results.table["method"] == "FO-AdaMM", "a processor", "a GPU")
+    mixed = replace(results, table=results.table.assign(device=devices))
+    said = "Seconds are not compared: the runs are of several devices, a GPU, a processor."
+    assert answers.time(mixed) == said and answers.time(results).startswith("Median seconds per epoch")
+    assert set(answers.final_table(mixed)["s / epoch"]) == {"–"}
+    drawings = [drawing for section in sections_of(mixed, similarity(mixed)) for drawing in section.figures]
+    timed = [drawing for drawing in drawings if "seconds" in drawing.name or "time" in drawing.name]
+    assert len(timed) == 3
+    for drawing in timed:
+        with pytest.raises(NothingToDraw, match="several devices, a GPU, a processor"):
+            drawing.draw()
+    assert "time" in {claim.anchor for claim in claims_of(results, *NOTHING)}
+    assert "time" not in {claim.anchor for claim in claims_of(mixed, *NOTHING)}
 
 
 def test_runs_that_counted_no_operations_are_compared_by_forward_passes(results: Results) -> None:

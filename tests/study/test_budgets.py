@@ -9,9 +9,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from zo_lightning.__main__ import main
+from zo_lightning.study.devices import device_name
 from zo_lightning.study.folder import read_declaration
 from zo_lightning.study.reached import choose_rates, read_reached
 from zo_lightning.study.runs_table import COLUMNS, read_runs
@@ -74,7 +76,7 @@ def test_everything_is_measured(home: Path) -> None:
     table = read_runs(home / STUDY).table
     assert tuple(table.columns) == COLUMNS
     assert table.notna().all(axis=None)
-    assert set(table["device"]) == {"cpu"}
+    assert set(table["device"]) == {device_name(torch.device("cpu"))}
     assert dict(zip(table["task"], table["d"], strict=True)) == {"conv": 2590, "linear": 7850}
     cost = table[table["method"] == "FO"].groupby("budget")["flops"].mean()
     assert cost[30] / cost[9] == pytest.approx(30 / 9, rel=0.01)

@@ -2,15 +2,14 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from zo_lightning.compiled import is_compiled
 from zo_lightning.directions import Direction
 from zo_lightning.objective import Objective
-from zo_lightning.perturbed.pooling import FastPooling
 from zo_lightning.perturbed.weights import DisplacedWeights, ExchangedWeights, Points, Recent, Value, Weights
 from zo_lightning.vectors import Vector
 
@@ -35,7 +34,9 @@ class State:
         self._shown: list[str] = []  # names of the weights, once a pass has shown that nothing has to be watched
         self._estimate: object = None  # the latest, and whether its passes are not watched
         self._exchanges = False
-        self._pools = False  # whether a pass has called a max-pooling that can be made faster
+        self._pools = (
+            False  # whether a pass has called a max-pooling that is made faster, in a net that is not compiled
+        )
         self._scratch: dict[str, list[tuple[Vector, int | None, list[Any]]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -50,7 +51,7 @@ class State:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what ``state_dict`` gave."""
         self.visible, self.chunk_size = dict(state["visible"]), state["chunk_size"]
-        self._shown, self._pools = list(state["shown"]), state["pools"]
+        self._shown, self._pools = list(state.get("shown", ())), state.get("pools", False)
 
     def run(self, objective: Objective, weights: Weights, value: Value, ask: Callable[[Any], T]) -> T:
         """What ``ask`` returns for the context of a pass in which the uses of the weights see ``value``.
@@ -62,8 +63,7 @@ class State:
         masks.
         """
         if self._can_exchange(objective, weights) and isinstance(value, Points):
-            with FastPooling() if self._pools else nullcontext():
-                answer = ask(ExchangedWeights(weights, value))
+            answer = ask(ExchangedWeights(weights, value, self._pools))
             if objective.has_written:
                 self._shown, self._exchanges = [], False
             return answer
@@ -72,7 +72,7 @@ class State:
         answer = ask(watched)
         new = [k for k, name in enumerate(weights.names) if name not in self.visible]
         touches = objective.has_written or watched.reads_gradients
-        self._pools = self._pools or watched.pools
+        self._pools = self._pools or (watched.pools and not is_compiled(objective.module))
         if not touches and len(watched.seen) == len(weights) and all(map(_is_plain, weights)):
             self._shown = weights.names
         if not new:

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from zo_lightning.compiled import as_written
 from zo_lightning.parameters import submodules
-from zo_lightning.perturbed.pooling import max_pool, may_gain
+from zo_lightning.perturbed.pooling import POOLINGS, FastPooling, maxima
 
 Value = Callable[[int], Tensor]
 """From the position of a weight to what its uses see."""
@@ -111,7 +111,7 @@ class DisplacedWeights(TorchFunctionMode):
     Attributes:
         seen: positions of weights that the pass has used so far.
         reads_gradients: whether the pass has asked for the ``.grad`` of one.
-        pools: whether the pass has called a max-pooling that ``FastPooling`` may make faster.
+        pools: whether the pass has called a max-pooling that ``FastPooling`` makes faster.
     """
 
     def __init__(
@@ -180,8 +180,10 @@ class DisplacedWeights(TorchFunctionMode):
         for name, argument in kwargs.items():
             if id(argument) in positions or type(argument) in _CONTAINERS:
                 kwargs = {**kwargs, name: self._displaced(argument)}
-        self.pools = self.pools or may_gain(func, given)
-        return max_pool(func, given, kwargs)
+        if func in POOLINGS and (pooled := maxima(func, given, kwargs)) is not None:
+            self.pools = True
+            return pooled
+        return func(*given, **kwargs)
 
     def _displaced(self, argument: Any) -> Any:
         position = self.positions.get(id(argument))
@@ -208,19 +210,21 @@ class Points(list[Tensor]):
 class ExchangedWeights:
     """Context of a forward pass in which the weights are other tensors: their ``data`` is exchanged, and put back.
 
-    No number is written, and no function of PyTorch is watched, which costs half as much as all that a step of a small
-    net does beside its passes. It is right where an earlier pass with ``DisplacedWeights`` has shown that the uses of
-    all weights are seen, and that the pass neither writes into anything that would have to be put back nor reads
-    ``.grad``, which is None here. It computes the same, bit for bit: attention's path for evaluation, which PyTorch
-    does not take where functions are watched, is off.
+    No number is written. No function of PyTorch is watched, which costs half as much as all that a step of a small net
+    does beside its passes, unless poolings gain more. It is right where an earlier pass with ``DisplacedWeights`` has
+    shown that the uses of all weights are seen, and that the pass neither writes into anything that would have to be
+    put back nor reads ``.grad``, which is None here. It computes the same, bit for bit: attention's path for
+    evaluation, which PyTorch does not take where functions are watched, is off.
 
     Args:
         weights: plain ones.
         points: what they are during the pass.
+        pools: whether the pass calls a max-pooling that ``FastPooling`` makes faster.
     """
 
-    def __init__(self, weights: Sequence[Tensor], points: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor], points: Sequence[Tensor], pools: bool = False) -> None:
         self.weights, self.points = weights, points
+        self._pooling: AbstractContextManager[Any] = FastPooling() if pools else nullcontext()
         self._before: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._fast_attention = False
 
@@ -234,6 +238,7 @@ class ExchangedWeights:
                 weight.data = point
                 if gradient is not None:  # a loss that differentiates itself would add to it
                     weight.grad = None
+            self._pooling.__enter__()
         except BaseException:
             self._put_back()
             raise
@@ -242,6 +247,7 @@ class ExchangedWeights:
     def __exit__(self, *error: Any) -> None:
         """End the pass."""
         try:
+            self._pooling.__exit__(*error)
             self._put_back()
         except BaseException:  # an interrupt amid it
             self._put_back()

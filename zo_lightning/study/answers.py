@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from zo_lightning.measures import WHOLE
+from zo_lightning.study.devices import unlike_devices
 from zo_lightning.study.minima import NOISE
 from zo_lightning.study.results import Results, published_at
 from zo_lightning.study.statistics import common_epoch, exponent, final, mean_interval, ratios
@@ -13,7 +14,7 @@ def final_table(results: Results) -> pd.DataFrame:
     """What each method has reached after its last epoch, by task: a row to read."""
     last = final(results.table)
     reference = last[last["method"] == results.study.reference].set_index(["task", "seed"])["val_accuracy"]
-    rows = []
+    apart, rows = unlike_devices(results.table), []
     for task, d in results.tasks.items():
         for method in results.methods:
             own = last[(last["task"] == task) & (last["method"] == method)]
@@ -36,7 +37,7 @@ def final_table(results: Results) -> pd.DataFrame:
                 "validation loss": f"{mean_interval(own['val_loss'], bounds=(0, np.inf)):.3f}",
                 "forward passes": _range(own["forward_passes"]),
                 "TFLOP": f"{own['flops'].mean() / 1e12:.3g}" if own["flops"].notna().all() else "–",
-                "s / epoch": f"{own['epoch_seconds'].median():.2f}",
+                "s / epoch": "–" if apart else f"{own['epoch_seconds'].median():.2f}",
             }
             if results.published is not None:
                 theirs = published_at(results, method, d)
@@ -88,7 +89,9 @@ def slowdown(results: Results) -> str:
 
 
 def time(results: Results) -> str:
-    """The seconds of an epoch, at the smallest and the largest size."""
+    """The seconds of an epoch, at the smallest and the largest size, or why they are not compared."""
+    if apart := unlike_devices(results.table):
+        return apart
     middle = results.table.groupby(["method", "d"])["epoch_seconds"].median()
     said = [f"{method}: {_span(results, middle[method], '.2f')} s" for method in results.methods]
     return f"Median seconds per epoch, {_sizes(results)}: " + "; ".join(said) + "."

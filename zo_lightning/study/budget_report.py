@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from zo_lightning.study.figures.budgets import COSTS, MEASURES, measure_of, middle_of, reached_by_cost
+from zo_lightning.study.devices import unlike_devices
+from zo_lightning.study.figures.budgets import COSTS, MEASURES, costs_of, measure_of, middle_of, reached_by_cost
 from zo_lightning.study.figures.style import rows_of
 from zo_lightning.study.grid import slug
 from zo_lightning.study.page import cells_missing, missing_lines, rendered, section_lines, settings_of, table_lines
@@ -117,7 +118,7 @@ def _ranking(runs: Runs, task: str) -> pd.DataFrame:
                     "seeds": len(own),
                     **({"test loss": f"{own['loss'].mean():.4g}"} if measure == "accuracy" else {}),
                     "TFLOP": f"{own['flops'].mean() / 1e12:.3g}" if own["flops"].notna().all() else "–",
-                    "seconds": f"{own['seconds'].mean():.1f}",
+                    **({"seconds": f"{own['seconds'].mean():.1f}"} if "seconds" in costs_of(table) else {}),
                     "lr": ", ".join(f"{lr:g}" for lr in sorted(set(own["lr"]))),
                     "device": ", ".join(sorted(set(own["device"]))),
                 }
@@ -173,12 +174,13 @@ def _in_words(runs: Runs, task: str) -> str:
 
 def _caption(runs: Runs, task: str) -> str:
     table = rows_of(runs.table, task=task)
-    devices = ", ".join(sorted(set(table["device"])))
-    over = "Mean and 95 % interval over seeds"
+    on = unlike_devices(table) or f"All runs are of one device, {table['device'].iloc[0]}."
+    over = f"Mean and 95 % interval over seeds. {on}"
     what = MEASURES[measure_of(table)].capitalize()
     if table["budget"].nunique() == 1:
-        return f"{what} of {task} after {table['budget'].iloc[0]:,} passes, and what that cost. {over}; {devices}."
-    return f"{what} of {task} against {', '.join(COSTS.values())} ({devices}); each mark is a run of its own. {over}."
+        return f"{what} of {task} after {table['budget'].iloc[0]:,} passes, and what that cost. {over}"
+    against = ", ".join(COSTS[cost] for cost in costs_of(table))
+    return f"{what} of {task} against {against}; each mark is a run of its own. {over}"
 
 
 def _overview(runs: Runs) -> str:

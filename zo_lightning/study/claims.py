@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from zo_lightning.measures import WHOLE
+from zo_lightning.study.devices import unlike_devices
 from zo_lightning.study.results import Results
 from zo_lightning.study.statistics import Interval, common_epoch, exponent, final, mean_interval, ratios
 
@@ -62,8 +63,7 @@ def _about(results: Results, method: str) -> list[Claim]:
         found.append(Claim(sentence, _sign(equal), f"accuracy − {ref}'s: {_spoken(equal, '+.3f')}", "budget"))
     if slower := _slowdown(results, method):
         found.append(slower)
-    longer = _by_size(results, method, lambda own, other: -np.log(_epoch_seconds(own) / _epoch_seconds(other)), np.inf)
-    if longer:
+    if not unlike_devices(results.table) and (longer := _by_size(results, method, _log_faster, np.inf)):
         times = {d: Interval(*(float(np.exp(-x)) for x in (i.value, i.high, i.low))) for d, i in longer.items()}
         sentence = f"An epoch of {method} takes longer than one of {ref}."
         found.append(Claim(sentence, _sign(longer), f"{ref}'s seconds times {_spoken(times, '.2f')}", "time"))
@@ -152,8 +152,9 @@ def _last(run: pd.DataFrame) -> float:
     return float(final(run)["val_accuracy"].iloc[0])
 
 
-def _epoch_seconds(run: pd.DataFrame) -> float:
-    return float(run["epoch_seconds"].median())
+def _log_faster(own: pd.DataFrame, other: pd.DataFrame) -> float:
+    """The logarithm of how many times as fast an epoch is as one of another run."""
+    return float(np.log(other["epoch_seconds"].median() / own["epoch_seconds"].median()))
 
 
 def _at_equal_cost(own: pd.DataFrame, other: pd.DataFrame) -> float:

@@ -4,10 +4,10 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from zo_lightning.modules.driver import driver_of
+from zo_lightning.study.devices import device_of
 from zo_lightning.study.folder import FINISHED, is_finished
 from zo_lightning.study.grid import Cell, Study
 from zo_lightning.user_errors import UserError
@@ -21,7 +21,7 @@ def measure(trainer: Any, cell: Cell) -> dict[str, Any]:
 
     Returns:
         ``accuracy`` (None of a regression), ``loss``, ``flops`` and ``passes`` (forward passes of 128 examples) of all
-        training steps, ``steps``, ``seconds`` of training, ``lr`` at the start, and ``device``.
+        training steps, ``steps``, ``seconds`` of training, and ``lr`` at the start.
 
     Raises:
         UserError: nothing was judged.
@@ -35,7 +35,6 @@ def measure(trainer: Any, cell: Cell) -> dict[str, Any]:
         "steps": int(trainer.global_step),
         "seconds": float(budget.seconds),
         "lr": float(trainer.optimizers[0].param_groups[0]["initial_lr"]),
-        "device": _name(trainer.strategy.root_device),
     }
     stage = "test" if cell.held_out is None else "val"
     trainer.limit_val_batches = 1.0  # there was no validation on the way
@@ -57,7 +56,7 @@ def read_reached(run: Path) -> dict[str, Any]:
     reached = about.get(REACHED) if isinstance(about, dict) else None
     if not isinstance(reached, dict):
         raise ValueError(f"'{run / FINISHED}' does not say what was reached")
-    return {**reached, "d": about["parameters"]} if reached else {}
+    return {"d": about["parameters"], "device": device_of(about), **reached} if reached else {}
 
 
 def choose_rates(study: Study, folder: Path) -> dict[tuple[str, str], float]:
@@ -94,7 +93,3 @@ def _rank(reached: dict[str, Any]) -> tuple[float, float]:
     if not isfinite(loss):
         return 0.0, float("inf")
     return -(reached["accuracy"] or 0.0), loss
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

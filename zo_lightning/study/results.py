@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from zo_lightning.study.devices import device_of
 from zo_lightning.study.folder import FINISHED, read_declaration, read_finished
 from zo_lightning.study.grid import Cell, Method, Study
 from zo_lightning.study.tables import declared_beside, missing_cells, name_of, read_table
@@ -25,7 +26,7 @@ _METRICS = {
     "epoch/flops": "flops",
     "epoch/seconds": "epoch_seconds",
 }
-COLUMNS = ("method", "task", "data", "d", "seed", "epoch", *_METRICS.values(), "seconds")
+COLUMNS = ("method", "task", "data", "d", "seed", "epoch", *_METRICS.values(), "seconds", "device")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Results:
         folder: of the study; of a table in a file, the file's, which need not hold runs.
         table: one row per finished cell and epoch, with `COLUMNS`. ``data`` is their class, ``epoch`` counts from 1,
             ``d`` is the number of weights, ``forward_passes`` (of a batch), ``flops`` (floating-point operations, NaN
-            where a run has not counted them) and ``seconds`` (of training steps) add up from the beginning.
+            where a run has not counted them) and ``seconds`` (of training steps) add up from the beginning, and
+            ``device`` is what the run was trained on.
         missing: cells without a run, and why.
         published: the published numbers, or None where the study's data are others.
     """
@@ -168,4 +170,5 @@ def _read_run(cell: Cell, run: Path) -> pd.DataFrame:
         d=int(about["parameters"]),
         seed=cell.seed,
         seconds=by_epoch["epoch/seconds"].cumsum().reindex(table.index).to_numpy(),
+        device=device_of(about),
     )[list(COLUMNS)]

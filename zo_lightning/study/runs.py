@@ -19,6 +19,7 @@ import yaml
 from zo_lightning.locks import locked
 from zo_lightning.modules.driver import TrainingDiverged
 from zo_lightning.study.backends import Backend, Parallel, engine, worker_died
+from zo_lightning.study.devices import device_name
 from zo_lightning.study.folder import (
     FAILED,
     FINISHED,
@@ -160,6 +161,7 @@ def run_cell(cell: Cell, study: Study, folder: Path, fit: Fit, *, threads: int =
                 if trainer.interrupted:
                     raise KeyboardInterrupt
                 about: dict[str, Any] = {"parameters": parameters(trainer)}
+                about["device"] = device_name(trainer.strategy.root_device)
                 if cell.budget is not None:
                     about[REACHED] = measure(trainer, cell)
             seconds = time.perf_counter() - began

@@ -1,5 +1,7 @@
 """Figures of what methods reach for what it costs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -34,6 +36,14 @@ def test_one_budget_has_no_axis_but_a_row_for_each_method() -> None:
     assert {axes.get_xscale() for axes in (reached, operations, seconds)} == {"linear"}
     assert [text.get_text() for text in reached.get_yticklabels()] == METHODS  # the best at the top
     assert len(operations.patches) == len(seconds.patches) == len(METHODS)
+
+
+@pytest.mark.parametrize("budgets", [(10, 100), (10,)])
+def test_seconds_of_several_devices_are_not_compared(budgets: tuple[int, ...]) -> None:
+    one = runs(*budgets)
+    mixed = replace(one, table=one.table.assign(device=np.where(one.table["seed"] == 1, "a processor", "a GPU")))
+    shown = {axes.get_xlabel() for axes in reached_by_cost(mixed, "task").axes}
+    assert {axes.get_xlabel() for axes in reached_by_cost(one, "task").axes} - shown == {COSTS["seconds"]}
 
 
 def test_a_regression_is_compared_by_its_loss() -> None:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullFormatter
 
+from zo_lightning.study.devices import unlike_devices
 from zo_lightning.study.figures.style import label_panels, panel_legend, rows_of, style_at
 from zo_lightning.study.runs_table import Runs
 from zo_lightning.study.statistics import Interval, mean_interval
@@ -25,13 +26,21 @@ def measure_of(table: pd.DataFrame) -> str:
     return "accuracy" if table["accuracy"].notna().any() else "loss"
 
 
+def costs_of(table: pd.DataFrame) -> list[str]:
+    """What the costs of the runs of a task are compared by."""
+    return [cost for cost in COSTS if cost != "seconds" or not unlike_devices(table)]
+
+
 def middle_of(table: pd.DataFrame, measure: str) -> Interval:
     """The mean over seeds, with its 95 % interval."""
     return mean_interval(table[measure], bounds=(0, 1) if measure == "accuracy" else (0, np.inf))
 
 
 def reached_by_cost(runs: Runs, task: str) -> Figure:
-    """What each method reaches at a task: against passes, operations and seconds; of one budget alone, by method."""
+    """What each method reaches at a task: against passes, operations and seconds; of one budget alone, by method.
+
+    Seconds are left out where the task's runs are of several devices.
+    """
     table = rows_of(runs.table, task=task)
     figure = _by_method(runs, table) if table["budget"].nunique() == 1 else _by_cost(runs, table)
     for axes in figure.axes:  # each may be looked at alone
@@ -40,10 +49,10 @@ def reached_by_cost(runs: Runs, task: str) -> Figure:
 
 
 def _by_cost(runs: Runs, table: pd.DataFrame) -> Figure:
-    figure = Figure(figsize=(12.6, 4.4), layout="constrained")
-    panels: list[Axes] = list(figure.subplots(1, 3, sharey=True))
+    figure, costs = Figure(figsize=(12.6, 4.4), layout="constrained"), costs_of(table)
+    panels: list[Axes] = list(figure.subplots(1, len(costs), sharey=True))
     measure, methods = measure_of(table), _present(runs, table)
-    for axes, cost in zip(panels, COSTS, strict=True):
+    for axes, cost in zip(panels, costs, strict=True):
         for method in methods:
             by_budget = [at for _, at in rows_of(table, method=method).groupby("budget")]
             means = [middle_of(at, measure) for at in by_budget]
@@ -70,18 +79,19 @@ def _by_method(runs: Runs, table: pd.DataFrame) -> Figure:
     means = {method: middle_of(rows_of(table, method=method), measure) for method in _present(runs, table)}
     ranked = sorted(means, key=lambda method: means[method].value, reverse=measure == "loss")
     figure = Figure(figsize=(12.6, 0.32 * len(ranked) + 1.2), layout="constrained")
-    panels: list[Axes] = list(figure.subplots(1, 3))
+    costs = costs_of(table)[1:]
+    panels: list[Axes] = list(figure.subplots(1, 1 + len(costs)))
     places = np.arange(len(ranked))
     for place, method in enumerate(ranked):
         style = style_at(runs.methods.index(method))
         one = means[method]
         bars = None if np.isnan(one.low) else [[one.value - one.low], [one.high - one.value]]
         panels[0].errorbar([one.value], [place], xerr=bars, capsize=3, **{**style, "ls": "none"})
-        for axes, cost in zip(panels[1:], ("flops", "seconds"), strict=True):
+        for axes, cost in zip(panels[1:], costs, strict=True):
             spent = rows_of(table, method=method)[cost].mean()
             if np.isfinite(spent):
                 axes.barh([place], [spent], height=0.6, color=style["color"])
-    for axes, label in zip(panels, (MEASURES[measure], COSTS["flops"], COSTS["seconds"]), strict=True):
+    for axes, label in zip(panels, (MEASURES[measure], *(COSTS[cost] for cost in costs)), strict=True):
         axes.set_yticks(places, ranked, fontsize=8)
         axes.set_ylim(-0.6, len(ranked) - 0.4)
         axes.set_xlabel(label, fontsize=8)

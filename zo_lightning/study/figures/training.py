@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from zo_lightning.study.devices import unlike_devices
 from zo_lightning.study.figures.style import (
     SIZE,
     NothingToDraw,
@@ -43,6 +44,8 @@ _DOTTED = {"published (mean of 10)": {"color": "dimgrey", "lw": 0.9, "ls": ":"}}
 
 def learning_curves(results: Results, quantity: str, against: str = "epoch") -> Figure:
     """A quantity over training, one panel per size: mean ± standard deviation over seeds, published means dotted."""
+    if against == "seconds":
+        _check_seconds(results)
     figure, panels = panel_grid(results)
     published_drawn = False
     for axes, (task, d) in zip(panels, results.tasks.items(), strict=True):
@@ -173,6 +176,7 @@ def final_accuracy(results: Results) -> Figure:
 
 def epoch_time(results: Results) -> Figure:
     """Seconds of an epoch's training steps against d, median over epochs and seeds."""
+    _check_seconds(results)
     figure = Figure(figsize=(5.4, 4), layout="constrained")
     axes = figure.subplots()
     for method in results.methods:
@@ -187,6 +191,11 @@ def epoch_time(results: Results) -> Figure:
     plain_log_ticks(axes.yaxis)
     finish(axes, outside=figure)
     return figure
+
+
+def _check_seconds(results: Results) -> None:
+    if apart := unlike_devices(results.table):
+        raise NothingToDraw(apart[0].lower() + apart[1:].rstrip("."))
 
 
 def _by_size(results: Results, titles: Mapping[str, str], label: str) -> Figure:
