@@ -120,8 +120,8 @@ def _again(text: str) -> str:
         ("results.csv", lambda text: text.replace("method,task", "task,method"), "not the results.csv of a report"),
         ("results.csv", lambda text: text.splitlines()[0], "has no rows"),
         ("results.csv", lambda text: text.replace(",Digits,", ",,"), "a data is empty"),
-        ("results.csv", lambda text: text + "FO,x,Digits,many,1,1,1,1,1,1,1,1,1\n", "is damaged: invalid literal"),
-        ("results.csv", lambda text: text[: text.rindex(",")], "has 12 values, not 13"),
+        ("results.csv", lambda text: text + "FO,x,Digits,many,1,1,1,1,1,1,1,1,1,cpu\n", "is damaged: invalid literal"),
+        ("results.csv", lambda text: text[: text.rindex(",")], "has 13 values, not 14"),
         ("results.csv", lambda text: text.replace(",1400,1,2,", ",1400,1,0,"), "epochs count from 1"),
         (
             "results.csv",
