@@ -34,9 +34,7 @@ class State:
         self._shown: list[str] = []  # names of the weights, once a pass has shown that nothing has to be watched
         self._estimate: object = None  # the latest, and whether its passes are not watched
         self._exchanges = False
-        self._pools = (
-            False  # whether a pass has called a max-pooling that is made faster, in a net that is not compiled
-        )
+        self._pools = False  # whether passes that are not watched are to be, for their poolings alone
         self._scratch: dict[str, list[tuple[Vector, int | None, list[Any]]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
