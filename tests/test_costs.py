@@ -192,22 +192,29 @@ def test_another_kind_of_step_is_measured_anew(other: Any) -> None:
 
 
 def test_a_continued_run_counts_as_an_uninterrupted_one(tmp_path: Any) -> None:
-    def steps(meter: FlopMeter, first: int, last: int) -> float:
-        estimator, (net, x, y) = PerExample(seed=0), made("convolutions")
-        state = estimator.init(net)
+    estimator = PerExample(seed=0)
+
+    def steps(meter: FlopMeter, state: Any, first: int, last: int) -> float:
+        net, x, y = made("convolutions")
 
         def loss() -> Tensor:
             return F.cross_entropy(net(x), y, reduction="none")
 
         for step in range(first, last):
-            meter.run(lambda step=step: estimator.backward(loss, net, step, state), net, (x, y))
+            phase = estimator.phase(state)
+            meter.run(lambda step=step: estimator.backward(loss, net, step, state), net, (x, y), phase)
         return meter.total
 
-    whole, part, resumed = FlopMeter(), FlopMeter(), FlopMeter()
-    steps(part, 0, 4)
-    torch.save(part.state_dict(), tmp_path / "state.ckpt")
-    resumed.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
-    assert steps(resumed, 4, 7) == steps(whole, 0, 7)
+    def state() -> Any:
+        return estimator.init(made("convolutions")[0])
+
+    whole, part, resumed, known, again = FlopMeter(), FlopMeter(), FlopMeter(), state(), state()
+    steps(part, known, 0, 4)
+    torch.save([part.state_dict(), known.state_dict()], tmp_path / "state.ckpt")
+    of_meter, of_estimator = torch.load(tmp_path / "state.ckpt", weights_only=True)
+    resumed.load_state_dict(of_meter)
+    again.load_state_dict(of_estimator)
+    assert steps(resumed, again, 4, 60) == steps(whole, state(), 0, 60)
 
 
 def test_a_diagnostic_is_left_out() -> None:

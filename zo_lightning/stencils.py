@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Stencil(ABC):
@@ -29,6 +32,13 @@ class Stencil(ABC):
     def slope(self, losses: Sequence[float]) -> float:
         """The directional derivative ``c`` from the losses at ``offsets``, in their order."""
         return math.fsum(a * loss for a, loss in zip(self.coefficients, losses, strict=True)) / self.mu
+
+    def quotient(self, values: Sequence[Tensor]) -> Tensor:
+        """The same of tensors, number by number, in float32 at least."""
+        total = torch.zeros_like(values[0], dtype=torch.promote_types(values[0].dtype, torch.float32))
+        for a, value in zip(self.coefficients, values, strict=True):
+            total.add_(value, alpha=a / self.mu)
+        return total
 
 
 @dataclass(frozen=True)

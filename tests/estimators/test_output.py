@@ -143,7 +143,7 @@ def estimated(estimator: PerExample, name: str, steps: int) -> tuple[PerExampleS
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("way", ["auto", "values"])
 def test_the_output_is_found_and_teaches(name: str, way: Any) -> None:
-    state, estimate, exact, ran = estimated(PerExample(loss_gradient=way, feedback=1.0, seed=0), name, 100)
+    state, estimate, exact, ran = estimated(PerExample(loss_gradient=way, feedback=1.0, seed=0), name, 101)
     assert state.output == CASES[name][2]
     assert state.feedback.maps
     blind = estimated(PerExample(feedback=0, seed=0), name, 0)[1]

@@ -1,7 +1,7 @@
 """What every gradient estimator is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -78,6 +78,10 @@ class GradientEstimator(ABC):
     def init(self, module: Parameters) -> State:
         """A state for a module about which nothing is known yet."""
         return State()
+
+    def phase(self, state: State) -> Hashable:
+        """What tells steps apart that do more from those that do less: steps of one phase cost the same."""
+        return None
 
     @abstractmethod
     def estimate(

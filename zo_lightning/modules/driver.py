@@ -253,7 +253,8 @@ class Driver:
             self._flops.run(objective.forward, module, self._batch, "forward")
             return objective.output
         ask = partial(estimator.estimate, objective, module, module.global_step, self.state, self._lean)
-        estimate = self._flops.run(ask, module, self._batch, self._description)
+        kind = self._description, estimator.phase(self.state)
+        estimate = self._flops.run(ask, module, self._batch, *kind)
         self._watch.look(estimator, objective, module, self.state)
         objective.commit()
         if self.recorder is not None:
@@ -274,7 +275,8 @@ class Driver:
         """
         assert self.recorder is not None
         known = None if logs_now(module) else self.recorder.recall(module.global_step)
-        if known is None or known.leaves_traces or not self._flops.repeat(module, self._batch, self._description):
+        kind = self._description, estimator.phase(self.state)
+        if known is None or known.leaves_traces or not self._flops.repeat(module, self._batch, *kind):
             return None
         objective.forward_passes = known.passes
         if known.skipped:

@@ -25,6 +25,7 @@ from zo_lightning.estimators.per_example.look import Look, matching
 from zo_lightning.estimators.per_example.loss_alone import LossAlone
 from zo_lightning.estimators.per_example.noise import OutputNoise, Seen, SharedNoise
 from zo_lightning.estimators.per_example.output import returned_by, summed
+from zo_lightning.estimators.per_example.sizes import predicted
 from zo_lightning.estimators.per_example.state import PerExampleState
 from zo_lightning.objective import Objective
 from zo_lightning.parameters import Parameters, as_parameters
@@ -52,7 +53,8 @@ class PerExample(GradientEstimator):
     and the adjoint of the layer alone turns that into the gradient of the weights. ``h`` predicts ``g`` from the
     gradient of the loss by the *net's output* (``Feedback``): where it is good, little is left for noise to find. With
     ``correction=1`` the estimate is unbiased to O(μ²) however bad ``h`` is; the default chooses each layer's ``λ``
-    where the mean squared error is smallest (``Shrinkage``).
+    where the mean squared error is smallest (``Shrinkage``), and takes each layer's gradient along its own weights, where
+    errors add up, from what larger weights do to the net's output (``Sizes``).
 
     No graph is built through the net, and no layer is run backwards. The gradient of the *loss* by the net's output,
     such as softmax minus target, is another matter: it is asked of autograd through the loss function alone, if that
@@ -61,7 +63,8 @@ class PerExample(GradientEstimator):
     twice for each output up to 16, and for more along 16 random directions. Neither runs a layer, so neither counts as
     a forward pass. The layers' adjoints cost about one forward pass, in floating-point operations. The first step runs
     one pass more, to see how the net uses its weights, or three where shapes do not say where the examples are; so does
-    a step that uses weights as none before. Memory: the inputs and outputs of all layers in each pass and
+    a step that uses weights as none before. ``Sizes`` takes two more in the first steps, one for each layer, and then in
+    one step in fifty. Memory: the inputs and outputs of all layers in each pass and
     noise as large, and the maps of ``Feedback``.
 
     Layers are displaced by the rules of ``perturbed.layers``; any other function of PyTorch with weights among its
@@ -149,6 +152,11 @@ class PerExample(GradientEstimator):
     def init(self, module: Parameters) -> PerExampleState:
         """A state that knows nothing."""
         return PerExampleState()
+
+    def phase(self, state: State) -> tuple[bool, bool]:
+        """Whether the step measures how far its predictions are off, and a layer that is new."""
+        known = cast(PerExampleState, state)
+        return known.steps % Shrinkage.EVERY == 0, known.sizes.left > 0
 
     @torch.no_grad()
     def estimate(
@@ -248,7 +256,7 @@ class PerExample(GradientEstimator):
             returned = returned or output
             if state.output is not None:
                 outputs.append(state.output.read(output, len(losses[0])))
-        exact = self._error(objective, outputs, returned, state, seed)
+        y, exact = self._error(objective, outputs, returned, state, seed)
         error = None if exact is None else summed(exact)
         largest = None if error is None else state.feedback.used(error)
         layers = [Seen(key, one, uses, noise, len(losses[0])) for key, one in state.layers.items() if key in seen]
@@ -257,23 +265,30 @@ class PerExample(GradientEstimator):
                 layer.h = exact.to(layer.use.output.dtype)
             else:
                 layer.predict(state.feedback, error, largest)
-        slope = self._difference(losses) / len(losses[0])
+        slope = self.stencil.quotient(losses) / len(losses[0])
         mean_slope = float(slope.sum()) if shared.params else 0.0
         trusts = [self._trust(layer, state) for layer in layers]
         measured = self.correction == "auto" and state.steps % Shrinkage.EVERY == 0
         if measured or any(trusts):
             slope -= sum(layer.predicted_slope() for layer in layers)
         own = {id(p) for p in shared.params}
+        found: dict[nn.Parameter, Tensor] = {}
         for layer, trust in zip(layers, trusts, strict=True):
             correction = layer.correction(slope) if layer.delta is not None and (trust or measured) else None
             if measured and layer.h is not None and correction is not None:
                 trust = state.shrinkage.measure(layer.key, layer.by_weights(correction))
-            found = layer.gradients(correction if trust else None, trust)
-            _add(grads, [one for one in zip(layer.use.operation.weights, found, strict=True) if id(one[0]) not in own])
-        _add(grads, shared.gradients(mean_slope))
+            each = zip(layer.use.operation.weights, layer.gradients(correction if trust else None, trust), strict=True)
+            _add(found, [one for one in each if id(one[0]) not in own])
+        if exact is not None and state.output is not None and self.correction == "auto":
+            sized = predicted(layers, own)
+            by_feedback = [layers[k] for k in sized]
+            if not grads:  # the first sample of the step
+                state.sizes.measure(objective, module, state.output, y, by_feedback, state.steps)
+            state.sizes.correct(by_feedback, [1 - trusts[k] for k in sized], found, y, exact)
+        _add(grads, [*found.items(), *shared.gradients(mean_slope)])
         if error is not None:
             displaced = {one.key: one.delta for one in layers if one.delta is not None}
-            state.feedback.learn(displaced, summed(self._difference(outputs)), error, self.feedback)
+            state.feedback.learn(displaced, summed(self.stencil.quotient(outputs)), error, self.feedback)
         return torch.stack(losses).mean()
 
     def _check_uses(self, watched: DisplacedOutputs, state: PerExampleState, examples: int) -> None:
@@ -295,28 +310,20 @@ class PerExample(GradientEstimator):
                     key,
                 )
 
-    def _difference(self, values: list[Tensor]) -> Tensor:
-        """The stencil's difference quotient of tensors, in float32 at least."""
-        dtype = torch.promote_types(values[0].dtype, torch.float32)
-        total = torch.zeros_like(values[0], dtype=dtype)
-        for a, value in zip(self.stencil.coefficients, values, strict=True):
-            total.add_(value, alpha=a / self.stencil.mu)
-        return total
-
     def _error(
         self, objective: Objective, outputs: list[Tensor], returned: list[Any], state: PerExampleState, seed: int
-    ) -> Tensor | None:
-        """The gradient [B, C] of the mean loss by the net's output, if that is known."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The net's output [B, C] and the gradient of the mean loss by it, if that is known."""
         if state.output is None:
-            return None
+            return torch.empty(0), None
         rows = torch.stack(outputs).to(torch.promote_types(outputs[0].dtype, torch.float32)).mean(0)
         alone = LossAlone(objective, state.output, returned)
         if state.is_smooth is None:  # at first
             alone.say_if_coupled(rows, seed)
             state.is_smooth = self.loss_gradient == "auto" and alone.is_smooth(rows, seed)
         if state.is_smooth and self.loss_gradient == "auto" and (error := alone.by_autograd(rows)) is not None:
-            return error.div_(len(error))
-        return alone.by_values(rows, seed).div_(len(rows))
+            return rows, error.div_(len(error))
+        return rows, alone.by_values(rows, seed).div_(len(rows))
 
     def _trust(self, layer: Seen, state: PerExampleState) -> float:
         """The weight ``λ`` of what the noise says about a layer: all that there is, where nothing was predicted."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from zo_lightning.estimators.per_example.feedback import Feedback, Shrinkage
 from zo_lightning.estimators.per_example.output import Output
+from zo_lightning.estimators.per_example.sizes import Sizes
 from zo_lightning.perturbed.gates import Gate
 from zo_lightning.perturbed.layouts import Layout
 from zo_lightning.perturbed.state import State
@@ -74,6 +75,7 @@ class PerExampleState(State):
         steps: taken so far.
         feedback: the maps that predict gradients.
         shrinkage: how far the slopes are trusted.
+        sizes: what larger weights do to the net's output.
     """
 
     def __init__(self) -> None:
@@ -96,6 +98,7 @@ class PerExampleState(State):
         self.last: str | None = None
         self.is_smooth: bool | None = None
         self.shrinkage = Shrinkage()
+        self.sizes = Sizes()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how a run goes on."""
@@ -115,6 +118,7 @@ class PerExampleState(State):
             "is_smooth": self.is_smooth,
             "feedback": self.feedback.state_dict(),
             "shrinkage": self.shrinkage.state_dict(),
+            "sizes": self.sizes.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -132,3 +136,4 @@ class PerExampleState(State):
         self.last, self.is_smooth = state["last"], state["is_smooth"]
         self.feedback.load_state_dict(state["feedback"])
         self.shrinkage.load_state_dict(state["shrinkage"])
+        self.sizes.load_state_dict(state["sizes"])
