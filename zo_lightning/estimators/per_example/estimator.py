@@ -53,8 +53,8 @@ class PerExample(GradientEstimator):
     and the adjoint of the layer alone turns that into the gradient of the weights. ``h`` predicts ``g`` from the
     gradient of the loss by the *net's output* (``Feedback``): where it is good, little is left for noise to find. With
     ``correction=1`` the estimate is unbiased to O(μ²) however bad ``h`` is; the default chooses each layer's ``λ``
-    where the mean squared error is smallest (``Shrinkage``), and takes each layer's gradient along its own weights, where
-    errors add up, from what larger weights do to the net's output (``Sizes``).
+    where the mean squared error is smallest (``Shrinkage``). Along a layer's own weights, where errors add up, its
+    gradient is taken from what larger weights do to the net's output (``Sizes``).
 
     No graph is built through the net, and no layer is run backwards. The gradient of the *loss* by the net's output,
     such as softmax minus target, is another matter: it is asked of autograd through the loss function alone, if that
@@ -63,9 +63,8 @@ class PerExample(GradientEstimator):
     twice for each output up to 16, and for more along 16 random directions. Neither runs a layer, so neither counts as
     a forward pass. The layers' adjoints cost about one forward pass, in floating-point operations. The first step runs
     one pass more, to see how the net uses its weights, or three where shapes do not say where the examples are; so does
-    a step that uses weights as none before. ``Sizes`` takes two more in the first steps, one for each layer, and then in
-    one step in fifty. Memory: the inputs and outputs of all layers in each pass and
-    noise as large, and the maps of ``Feedback``.
+    a step that uses weights as none before. ``Sizes`` takes two more for each layer, one layer a step, and then two in
+    one step in fifty. Memory: the inputs and outputs of all layers in each pass, noise as large, and the maps.
 
     Layers are displaced by the rules of ``perturbed.layers``; any other function of PyTorch with weights among its
     arguments is differentiated on its own. Where its output has the examples is seen from its shape, or tried: one
@@ -273,17 +272,17 @@ class PerExample(GradientEstimator):
             slope -= sum(layer.predicted_slope() for layer in layers)
         own = {id(p) for p in shared.params}
         found: dict[nn.Parameter, Tensor] = {}
-        for layer, trust in zip(layers, trusts, strict=True):
+        for k, (layer, trust) in enumerate(zip(layers, trusts, strict=True)):
             correction = layer.correction(slope) if layer.delta is not None and (trust or measured) else None
             if measured and layer.h is not None and correction is not None:
-                trust = state.shrinkage.measure(layer.key, layer.by_weights(correction))
+                trust = trusts[k] = state.shrinkage.measure(layer.key, layer.by_weights(correction))
             each = zip(layer.use.operation.weights, layer.gradients(correction if trust else None, trust), strict=True)
             _add(found, [one for one in each if id(one[0]) not in own])
         if exact is not None and state.output is not None and self.correction == "auto":
             sized = predicted(layers, own)
             by_feedback = [layers[k] for k in sized]
             if not grads:  # the first sample of the step
-                state.sizes.measure(objective, module, state.output, y, by_feedback, state.steps)
+                state.sizes.measure(objective, module, state.output, exact, by_feedback, state.steps)
             state.sizes.correct(by_feedback, [1 - trusts[k] for k in sized], found, y, exact)
         _add(grads, [*found.items(), *shared.gradients(mean_slope)])
         if error is not None:
