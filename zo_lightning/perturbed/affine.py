@@ -22,6 +22,7 @@ class Affine(LinearOperation):
     """
 
     few_weights = True
+    uses_all = True
 
     def spread(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> None:
         """Set the input and the weights, of this shape within one example."""

@@ -72,6 +72,8 @@ class LinearOperation(Operation):
 class Linear(LinearOperation):
     """``z = x Wᵀ + b`` over the last dimension."""
 
+    uses_all = True
+
     def bind(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         """Take the arguments of the call."""
         self.take(input, weight, bias)
@@ -104,6 +106,7 @@ class Convolution(LinearOperation):
     """Convolutions in one, two or three dimensions."""
 
     costly_noise = True
+    uses_all = True
 
     def bind(
         self,

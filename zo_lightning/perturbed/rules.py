@@ -42,6 +42,7 @@ class Operation:
         is_ruled: whether examples are known to be apart; or else that is tried out.
         costly_noise: whether noise on the weights costs as much as the call.
         few_weights: whether noise belongs on the weights, since they are few and repeated all over the output.
+        uses_all: whether every number of the weights is known to be used for every example, unlike rows of a table.
 
     Raises:
         NotImplementedError: the rule does not cover this call.
@@ -52,6 +53,7 @@ class Operation:
     is_ruled = False
     costly_noise = False
     few_weights = False
+    uses_all = False
 
     def __init__(
         self,

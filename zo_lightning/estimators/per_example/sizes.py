@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zo_lightning.estimators.per_example.feedback import Shrinkage
 from zo_lightning.estimators.per_example.output import LARGEST, Output, returned_by
 from zo_lightning.objective import Objective
-from zo_lightning.perturbed.rules import count
+from zo_lightning.perturbed.rules import Operation, count
 from zo_lightning.perturbed.weights import DisplacedWeights
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Sizes:
             derivative = line.slope * along
             if line.shift is not None:
                 derivative = derivative + line.shift @ total
-            _set_along(layer.use.operation.weights, grads, derivative, share, line.square)
+            _set_along(layer.use.operation, grads, derivative, share, line.square)
 
     def state_dict(self) -> dict[str, Any]:
         """The lines."""
@@ -163,15 +163,17 @@ def _measured(layer: "Seen", objective: Objective, module: nn.Module, output: Ou
 
 
 def _set_along(
-    weights: Sequence[nn.Parameter], grads: dict[nn.Parameter, Tensor], derivative: Tensor, share: float, before: Tensor
+    operation: Operation, grads: dict[nn.Parameter, Tensor], derivative: Tensor, share: float, before: Tensor
 ) -> None:
     """Bring ``<p, g>`` a share of the way to a derivative, if it is one and ``‖p‖²`` is much as it was before.
 
-    Numbers without a gradient, such as rows of an embedding that the batch does not ask for, stay without.
+    Rows of an embedding that the batch does not ask for stay without a gradient. Weights of units that a ReLU hides for
+    the whole batch do not: as they follow the others of their layer some come back.
     """
     dtype = derivative.dtype
-    whole = torch.stack([p.detach().to(dtype).square().sum() for p in weights]).sum()
-    pairs = [(p, torch.where(grads[p] != 0, p.detach(), 0).to(dtype), grads[p]) for p in weights]
+    weights = [(p, p.detach().to(dtype), grads[p]) for p in operation.weights]
+    whole = torch.stack([w.square().sum() for _, w, _ in weights]).sum()
+    pairs = weights if operation.uses_all else [(p, torch.where(grad != 0, w, 0), grad) for p, w, grad in weights]
     along = torch.stack([(w * grad).sum() for _, w, grad in pairs]).sum()
     square = torch.stack([w.square().sum() for _, w, _ in pairs]).sum()
     size = share * (derivative - along) / square
