@@ -16,6 +16,7 @@ from zo_lightning.__main__ import main
 from zo_lightning.study.devices import device_name
 from zo_lightning.study.folder import read_declaration
 from zo_lightning.study.reached import choose_rates, read_reached
+from zo_lightning.study.runs import with_rates
 from zo_lightning.study.runs_table import COLUMNS, read_runs
 from zo_lightning.user_errors import UserError
 
@@ -39,7 +40,7 @@ tasks:
     data: {class_path: Digits, init_args: {val_size: 0}}
 budgets: [9, 30]
 seeds: [1, 2]
-trials: {budget: 30, seed: 0}
+trials: {budgets: [9, 30], seed: 0}
 """
 STUDY = Path("lightning_logs", "small")
 
@@ -85,16 +86,24 @@ def test_everything_is_measured(home: Path) -> None:
 def test_learning_rates_are_chosen_on_held_out_training_data(home: Path) -> None:
     study = read_declaration(home / STUDY)
     assert choose_rates(study, home / STUDY) == {
-        ("FO", "conv"): 1e-2,
-        ("FO", "linear"): 1e-2,
-        ("signs", "conv"): 1e-4,  # the other one diverges
-        ("signs", "linear"): 1e-4,
+        (method, task, budget): lr
+        for method, lr in (("FO", 1e-2), ("signs", 1e-4))  # the other one of signs diverges
+        for task in ("conv", "linear")
+        for budget in (9, 30)
     }
-    trial = home / STUDY / "_trials" / "FO" / "conv" / "lr_0.01"
+    trial = home / STUDY / "_trials" / "FO" / "conv" / "budget_30" / "lr_0.01"
     assert yaml.safe_load((trial / "config.yaml").read_text())["data"]["init_args"]["val_size"] == 0.1
     metrics = pd.read_csv(trial / "metrics.csv")
     assert metrics["val/acc"].notna().sum() == 1 and "test/acc" not in metrics
-    assert read_reached(home / STUDY / "_trials" / "signs" / "conv" / "lr_1e+30") == {}
+    assert read_reached(home / STUDY / "_trials" / "signs" / "conv" / "budget_30" / "lr_1e+30") == {}
+
+
+def test_each_budget_has_the_rate_of_its_own_trials(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / STUDY / "_trials", tmp_path / "_trials")
+    trial = tmp_path / "_trials" / "FO" / "conv" / "budget_30" / "lr_0.01" / "finished.yaml"
+    trial.write_text(yaml.safe_dump({**yaml.safe_load(trial.read_text()), "reached": {}}))  # as if it had diverged
+    found = {(c.budget, c.task, c.lr) for c in with_rates(read_declaration(home / STUDY), tmp_path) if c.method == "FO"}
+    assert found == {(9, "conv", 1e-2), (30, "conv", 1e-9), (9, "linear", 1e-2), (30, "linear", 1e-2)}
 
 
 def test_study_goes_on_and_grows(home: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -105,7 +114,7 @@ def test_study_goes_on_and_grows(home: Path, tmp_path: Path, monkeypatch: Any, c
     before = read_reached(lost)
     shutil.rmtree(lost)
     kept = {path: path.stat().st_mtime_ns for path in STUDY.rglob("finished.yaml")}
-    (tmp_path / "small.yaml").write_text(DECLARED.replace("[9, 30]", "[9, 30, 3]"))
+    (tmp_path / "small.yaml").write_text(DECLARED.replace("budgets: [9, 30]", "budgets: [9, 30, 3]", 1))
     assert main(["study", "-c", "small.yaml", "--jobs", "1"]) == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     again = read_reached(lost)
@@ -135,8 +144,8 @@ def test_report_says_who_wins_and_how_rates_were_chosen(home: Path) -> None:
     summary = (report / "summary.md").read_text()
     assert "16 of 16 cells are finished" in summary
     assert summary.index("Who wins where") < summary.index("1. conv, d = 2,590") < summary.index("How learning rates")
-    assert "| conv | signs | 0.0001 | 0.0001: " in summary and "1e+30: diverged" in summary
-    assert "judged on 10 % of the training data" in summary
+    assert "| conv | signs | 30 | 0.0001 | 0.0001: " in summary and "1e+30: diverged" in summary
+    assert "of 9 and 30 passes with seed 0, judged on 10 % of the training data" in summary
     page = (report / "report.html").read_text()
     assert page.count('<img src="data:image/svg+xml;base64,') == 2 * 3  # a panel each
 
@@ -221,6 +230,6 @@ def test_dry_run_lists_trials_and_budgets(home: Path, monkeypatch: Any, capsys: 
     monkeypatch.chdir(home)
     assert main(["study", "-c", "small.yaml", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "lightning_logs/small/_trials/FO/conv/lr_0.01  d = 2,590  finished" in printed
+    assert "lightning_logs/small/_trials/FO/conv/budget_30/lr_0.01  d = 2,590  finished" in printed
     assert "lightning_logs/small/signs/linear/budget_9/seed_2  d = 7,850  finished" in printed
-    assert "24 cells, 24 of them finished" in printed
+    assert "32 cells, 32 of them finished" in printed

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from zo_lightning.study.declared import read_study
-from zo_lightning.study.grid import Study, first_difference, slug
+from zo_lightning.study.grid import Study, Trials, first_difference, slug
 from zo_lightning.user_errors import UserError
 
 DECLARED = """
@@ -133,7 +133,7 @@ methods:
 tasks: {a: {base: base.yaml, model: {net: SmallCNN}}, b: {data: {class_path: Digits}}}
 nets: {ScalableCNN: 0.5}
 budgets: [10, 20]
-trials: {budget: 10, seed: 0}
+trials: {budgets: [10, 15], seed: 0}
 seeds: [1, 2]
 """
 
@@ -153,11 +153,16 @@ def test_tasks_and_budgets_are_axes(declared: Path) -> None:
     assert cells["ZO/b/budget_10/seed_1"].overlays[-1] == {"model": {"memory": "lean"}}
     assert "ZO/ScalableCNN_0.5/budget_10/seed_1" in cells
     trials = study.trial_cells()
-    assert len(trials) == 2 * 3 * 2
-    assert {(cell.seed, cell.budget, cell.held_out) for cell in trials} == {(0, 10, 0.1)}
-    assert str(trials[0].folder) == "_trials/FO/ScalableCNN_0.5/lr_0.001"
+    assert len(trials) == 2 * 3 * 2 * 2
+    assert {(cell.seed, cell.budget, cell.held_out) for cell in trials} == {(0, 10, 0.1), (0, 15, 0.1)}
+    assert str(trials[0].folder) == "_trials/FO/ScalableCNN_0.5/budget_10/lr_0.001"
     copy = Study.from_declaration(yaml.safe_load(yaml.safe_dump(study.declaration())))
     assert copy.cells() == study.cells() and copy.trial_cells() == trials
+
+
+@pytest.mark.parametrize(("budget", "tried"), [(1, 10), (10, 10), (99, 10), (100, 100), (5000, 100), (None, 100)])
+def test_a_run_goes_by_the_longest_trials_within_its_budget(budget: int | None, tried: int) -> None:
+    assert Trials((100, 10), seed=0).budget_for(budget) == tried
 
 
 def test_a_task_may_name_the_class_alone(declared: Path) -> None:
@@ -184,9 +189,12 @@ def test_settings_of_the_model_are_those_of_the_class_that_a_task_names(declared
 BAD_CHOICES = {
     "budgets: [10, 20]": ("budgets: [0]", "budgets must be a list of whole numbers of at least 1, got 0"),
     "seed: 0": ("seed: 2", "trials.seed 2 is one of the study's seeds"),
-    "trials: {budget: 10, seed: 0}": ("", "methods.FO.learning_rates need 'trials', which say how to choose"),
-    "{budget: 10, seed: 0}": ("{budget: 10}", "trials: 'seed' is missing"),
-    "budget: 10": ("val_size: 1, budget: 10", "val_size must be a share of the training data between 0 and 1, got 1"),
+    "trials: {budgets: [10, 15], seed: 0}": ("", "methods.FO.learning_rates need 'trials', which say how to choose"),
+    "{budgets: [10, 15], seed: 0}": ("{budgets: [10]}", "trials: 'seed' is missing"),
+    "[10, 15], seed": ("[], seed", "trials: 'budgets' is missing"),
+    "[10, 15]": ("[10, 10]", "two cells would share the folder '_trials/FO/ScalableCNN_0.5/budget_10/lr_0.001'"),
+    "budgets: [10, 15]": ("budget: 10", "unknown key 'budget' .did you mean budgets"),
+    "seed: 0}": ("seed: 0, val_size: 1}", "val_size must be a share of the training data between 0 and 1, got 1"),
     "[1e-3, 1e-2]": ("[1e-3]", "as many learning_rates as the others, got FO 1, ZO 2"),
     "[1, 2]}\ntasks": ("[1, -2]}\ntasks", "methods.ZO.learning_rates: each must be above 0, got -2"),
     "{b: {model": ("{c: {model", "methods.ZO.by_task: 'c' is none of the tasks ScalableCNN 0.5, a, b"),

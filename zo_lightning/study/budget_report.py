@@ -128,7 +128,8 @@ def _ranking(runs: Runs, task: str) -> pd.DataFrame:
 
 def _chosen_rates(runs: Runs, number: int) -> Section:
     rows, edges = [], []
-    for (task, method), at in runs.trials.groupby(["task", "method"], sort=False):
+    several = runs.trials["budget"].nunique() > 1
+    for (task, method, budget), at in runs.trials.groupby(["task", "method", "budget"], sort=False):
         measure = measure_of(at)
         tried = "; ".join(
             f"{row.lr:g}: " + (f"{getattr(row, measure):.4g}" if np.isfinite(row.loss) else "diverged")
@@ -137,23 +138,27 @@ def _chosen_rates(runs: Runs, number: int) -> Section:
         chosen = at[at["chosen"]]["lr"]
         best = float(chosen.iloc[0]) if len(chosen) else None
         if best in (at["lr"].min(), at["lr"].max()):
-            edges.append(f"{method} at {task}")
+            edges.append(f"{method} at {task}" + (f", {budget:,} passes" if several else ""))
         rows.append(
             {
                 "task": task,
                 "method": method,
+                "passes": f"{budget:,}",
                 "lr": "–" if best is None else f"{best:g}",
                 f"lr: {measure} on held-out data": tried,
             }
         )
-    counts = runs.trials.groupby(["task", "method"]).size()
-    is_whole = len(counts) == len(runs.tasks) * len(runs.methods) and counts.nunique() == 1
+    counts = runs.trials.groupby(["task", "method", "budget"]).size()
+    every = len(runs.tasks) * len(runs.methods) * runs.trials["budget"].nunique()
+    is_whole = len(counts) == every and counts.nunique() == 1
     said = "Each method had as many trials as the others" if is_whole else "Not all trials are here"
     if runs.study is not None and (trials := runs.study.trials) is not None:
         said += (
-            f", of {trials.budget:,} passes with seed {trials.seed}, "
+            f", of {' and '.join(f'{budget:,}' for budget in trials.budgets)} passes with seed {trials.seed}, "
             f"judged on {100 * trials.val_size:g} % of the training data, which they had not seen"
         )
+        if several:
+            said += "; a run goes by the longest trials within its own budget"
     edge = f" The best was the smallest or the largest that was tried: {'; '.join(edges)}." if edges else ""
     return Section(
         "rates", f"{number}. How learning rates were chosen", f"{said}.{edge}", [], pd.DataFrame(rows).fillna("–")

@@ -31,7 +31,7 @@ _KEYS = (
 )
 _METHOD_KEYS = ("base", "by_task", "learning_rates", *_SECTIONS)
 _TASK_KEYS = ("base", *_SECTIONS)
-_TRIAL_KEYS = ("budget", "seed", "val_size")
+_TRIAL_KEYS = ("budgets", "seed", "val_size")
 
 
 def read_study(path: str | Path, options: tuple[str, ...] = ()) -> Study:
@@ -47,7 +47,8 @@ def read_study(path: str | Path, options: tuple[str, ...] = ()) -> Study:
       is then the net's and its scale, such as ``ScalableCNN 12.33``;
     - ``seeds``;
     - ``budgets``: forward passes of 128 examples, a run each, by default none: the configuration says when a run ends;
-    - ``trials``: how learning rates are chosen: ``budget``, ``seed`` and ``val_size``, the share that is held out;
+    - ``trials``: how learning rates are chosen: ``budgets``, of which each run goes by the largest within its own,
+      ``seed`` and ``val_size``, the share that is held out;
     - ``reference``: the method that the others are compared with, by default the first;
     - ``control``: the method that is the reference but for the order of the batches;
     - ``snapshots``: epochs from one snapshot of all weights to the next, or null for none; the default is 1, and null
@@ -207,15 +208,15 @@ def _trials(text: Mapping[str, Any], path: Path) -> Trials | None:
         return None
     where = f"{path}: trials"
     _check_keys(spec, _TRIAL_KEYS, where)
-    for key in ("budget", "seed"):
-        if key not in spec:
-            raise UserError(f"{where}: '{key}' is missing: trials have a budget and a seed of their own")
-    [budget] = _whole_numbers([spec["budget"]], "trials.budget", 1, path)
+    for key in ("budgets", "seed"):
+        if spec.get(key) in (None, []):
+            raise UserError(f"{where}: '{key}' is missing: trials have budgets and a seed of their own")
+    budgets = _whole_numbers(spec["budgets"], "trials.budgets", 1, path)
     [seed] = _whole_numbers([spec["seed"]], "trials.seed", 0, path)
     share = _number(spec.get("val_size", 0.1), f"{where}.val_size")
     if not 0 < share < 1:
         raise UserError(f"{where}.val_size must be a share of the training data between 0 and 1, got {share:g}")
-    return Trials(budget, seed, share)
+    return Trials(budgets, seed, share)
 
 
 def _number(value: Any, what: str) -> float:

@@ -156,8 +156,8 @@ def _check_same(there: Study, here: Study, folder: Path) -> None:
 
 def _choice(study: Study) -> dict[str, Any]:
     """How learning rates are chosen, and among which."""
-    trials = None if study.trials is None else dict(vars(study.trials))
-    return {"trials": trials, "learning_rates": {name: list(m.learning_rates) for name, m in study.methods.items()}}
+    rates = {name: list(method.learning_rates) for name, method in study.methods.items()}
+    return {"trials": study.declaration()["trials"], "learning_rates": rates}
 
 
 def _rates(there: Study, here: Study) -> dict[str, Any]:

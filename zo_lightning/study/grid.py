@@ -43,7 +43,7 @@ class Cell:
         """Where the run lies, relative to the study's folder."""
         place = Path(slug(self.method), slug(self.task))
         if self.held_out is not None:
-            return TRIALS / place / f"lr_{self.lr:g}"
+            return TRIALS / place / f"budget_{self.budget}" / f"lr_{self.lr:g}"
         if self.budget is not None:
             place /= f"budget_{self.budget}"
         return place / f"seed_{self.seed}"
@@ -51,7 +51,7 @@ class Cell:
     def __str__(self) -> str:
         where = f"{self.method}, {self.task}"
         if self.held_out is not None:
-            return f"{where}, trial of lr {self.lr:g}"
+            return f"{where}, {self.budget} passes, trial of lr {self.lr:g}"
         return f"{where}, {'' if self.budget is None else f'{self.budget} passes, '}seed {self.seed}"
 
 
@@ -78,15 +78,25 @@ class Method:
 class Trials:
     """How learning rates are chosen: one run each, judged once, at its end, on training data that it has not seen.
 
+    The best rate of a short run is often too large for a long one. With several budgets each rate is tried with each.
+
     Args:
-        budget: forward passes of 128 examples.
+        budgets: forward passes of 128 examples.
         seed: none of the study's.
         val_size: the share of the training data that is held out.
     """
 
-    budget: int
+    budgets: tuple[int, ...]
     seed: int
     val_size: float = 0.1
+
+    def budget_for(self, budget: int | None) -> int:
+        """That of the trials whose choice a run takes: the largest within the run's own, or else the smallest.
+
+        A run without a budget takes that of the longest trials.
+        """
+        within = [tried for tried in self.budgets if budget is None or tried <= budget]
+        return max(within) if within else min(self.budgets)
 
 
 @dataclass(frozen=True)
@@ -142,12 +152,13 @@ class Study:
         ]
 
     def trial_cells(self) -> list[Cell]:
-        """A run for each method, task and learning rate to choose from."""
+        """A run for each method, task, budget of trials and learning rate to choose from."""
         if self.trials is None:
             return []
-        budget, seed, held_out = self.trials.budget, self.trials.seed, self.trials.val_size
+        seed, held_out = self.trials.seed, self.trials.val_size
         return [
             Cell(name, task, seed, self._overlays(name, task), budget, lr, held_out)
+            for budget in self.trials.budgets
             for task in self.tasks
             for name, method in self.methods.items()
             for lr in method.learning_rates
@@ -162,7 +173,7 @@ class Study:
             "snapshots": self.snapshots,
             "seeds": list(self.seeds),
             "budgets": list(self.budgets),
-            "trials": None if self.trials is None else dict(vars(self.trials)),
+            "trials": None if self.trials is None else {**vars(self.trials), "budgets": list(self.trials.budgets)},
             "tasks": {name: list(overlays) for name, overlays in self.tasks.items()},
             "methods": {
                 name: {
@@ -194,7 +205,7 @@ class Study:
             snapshots=declaration["snapshots"],
             options=tuple(declaration["options"]),
             budgets=tuple(declaration["budgets"]),
-            trials=None if declaration["trials"] is None else Trials(**declaration["trials"]),
+            trials=None if declaration["trials"] is None else _trials(declaration["trials"]),
         )
 
     def _overlays(self, method: str, task: str) -> tuple[Overlay, ...]:
@@ -206,6 +217,10 @@ class Study:
             overlay if isinstance(model, str) or not model.keys() - _OF_A_CLASS else {**overlay, "model": _args(model)}
             for overlay, model in zip(overlays, models, strict=True)
         )
+
+
+def _trials(spec: Mapping[str, Any]) -> Trials:
+    return Trials(**{**spec, "budgets": tuple(spec["budgets"])})
 
 
 def _args(model: Overlay) -> Overlay:

@@ -59,8 +59,8 @@ def read_reached(run: Path) -> dict[str, Any]:
     return {"d": about["parameters"], "device": device_of(about), **reached} if reached else {}
 
 
-def choose_rates(study: Study, folder: Path) -> dict[tuple[str, str], float]:
-    """The best learning rate of each method and task of which every trial is complete.
+def choose_rates(study: Study, folder: Path) -> dict[tuple[str, str, int | None], float]:
+    """The best learning rate of each method, task and budget of trials of which every trial is complete.
 
     That is the one with the highest accuracy on what was held out, of equal ones that with the lowest loss; without
     accuracies, the lowest loss. A trial that diverged is worse than all others.
@@ -68,9 +68,9 @@ def choose_rates(study: Study, folder: Path) -> dict[tuple[str, str], float]:
     Raises:
         UserError: what a trial has written is damaged.
     """
-    trials: dict[tuple[str, str], list[Cell]] = {}
+    trials: dict[tuple[str, str, int | None], list[Cell]] = {}
     for cell in study.trial_cells():
-        trials.setdefault((cell.method, cell.task), []).append(cell)
+        trials.setdefault((cell.method, cell.task, cell.budget), []).append(cell)
     chosen = {}
     for key, cells in trials.items():
         if all(is_finished(folder, cell) for cell in cells):

@@ -100,9 +100,16 @@ def run_cells(
                         ended(_alone(parallel, job, cell))
 
         run(study.trial_cells())
-        chosen = choose_rates(study, folder)
-        run([replace(cell, lr=chosen.get((cell.method, cell.task))) for cell in study.cells()])
+        run(with_rates(study, folder))
         return outcomes
+
+
+def with_rates(study: Study, folder: Path) -> list[Cell]:
+    """All cells, each with the learning rate that the trials of its budget have shown to be the best."""
+    if study.trials is None:
+        return study.cells()
+    chosen, budget_for = choose_rates(study, folder), study.trials.budget_for
+    return [replace(cell, lr=chosen.get((cell.method, cell.task, budget_for(cell.budget)))) for cell in study.cells()]
 
 
 def _lacks_rate(cell: Cell, study: Study) -> bool:

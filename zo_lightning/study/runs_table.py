@@ -15,7 +15,7 @@ from zo_lightning.user_errors import UserError
 
 _NUMBERS = ("budget", "seed", "d", "accuracy", "loss", "flops", "passes", "steps", "seconds", "lr")
 COLUMNS = ("task", "method", *_NUMBERS, "device")
-TRIALS = ("task", "method", "lr", "accuracy", "loss", "chosen")
+TRIALS = ("task", "method", "budget", "lr", "accuracy", "loss", "chosen")
 TRIALS_FILE = "trials.csv"
 """The table of trials that a report writes beside its ``results.csv``."""
 
@@ -83,9 +83,9 @@ def _trials_beside(path: Path) -> pd.DataFrame:
     beside = path.with_name(TRIALS_FILE)
     if path.name != RESULTS or not beside.is_file():
         return pd.DataFrame(columns=list(TRIALS))
-    trials = read_table(beside, TRIALS, ("task", "method", "lr"))
-    if (trials.groupby(["task", "method"])["chosen"].sum() > 1).any():
-        raise UserError(f"'{beside}' is damaged: of one method two learning rates are chosen at one task")
+    trials = read_table(beside, TRIALS, ("task", "method", "budget", "lr"))
+    if (trials.groupby(["task", "method", "budget"])["chosen"].sum() > 1).any():
+        raise UserError(f"'{beside}' is damaged: of one method two learning rates are chosen at one task and budget")
     return trials
 
 
@@ -121,10 +121,11 @@ def _trials(study: Study, folder: Path) -> pd.DataFrame:
                 {
                     "task": cell.task,
                     "method": cell.method,
+                    "budget": cell.budget,
                     "lr": cell.lr,
                     "accuracy": np.nan if accuracy is None else accuracy,
                     "loss": reached.get("loss", np.nan),
-                    "chosen": chosen.get((cell.method, cell.task)) == cell.lr,
+                    "chosen": chosen.get((cell.method, cell.task, cell.budget)) == cell.lr,
                 }
             )
     return pd.DataFrame(rows, columns=list(TRIALS)).round({"accuracy": 5, "loss": 5})
