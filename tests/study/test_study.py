@@ -1,6 +1,7 @@
 """``zo-lightning study`` as a whole: what it writes, and that it does not matter where it was stopped."""
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -12,19 +13,21 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 import yaml
+from pytorch_lightning import LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.study.conftest import DECLARED
 from zo_lightning.__main__ import main
 from zo_lightning.snapshots import read_snapshots
 from zo_lightning.study.grid import Method, Study
-from zo_lightning.study.plan import check
+from zo_lightning.study.plan import Stopwatch, check
 from zo_lightning.study.results import Results, read_results
 from zo_lightning.user_errors import UserError
 
@@ -165,6 +168,19 @@ def test_dry_run_lists_cells_and_time_and_writes_nothing(tmp_path: Path, capsys:
 def test_dry_run_of_a_single_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("study -c tiny.yaml --dry-run --trainer.max_epochs 1 --trainer.limit_train_batches 1") == 0
     assert "8 cells, 0 of them finished; the others take about" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0.6, 4), (2.0, 3)], ids=["two after the warm-up", "one"])
+def test_slow_steps_are_timed_for_a_second_after_the_warm_up(
+    seconds: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("zo_lightning.study.plan.time", SimpleNamespace(perf_counter=lambda: seconds * next(clock)))
+    trainer, stopwatch = Trainer(logger=False, max_steps=10), Stopwatch()
+    stopwatch.on_train_start(trainer, LightningModule())
+    while not trainer.should_stop:
+        stopwatch.on_train_batch_end(trainer, LightningModule())
+    assert len(stopwatch.times) == 1 + steps
 
 
 def test_error_of_torch_in_a_trial_names_the_cell() -> None:

@@ -18,6 +18,7 @@ from zo_lightning.user_errors import UserError
 
 _STEPS = 10
 _WARM_UP = 2
+_ENOUGH = 1.0  # seconds of steps after the warm-up
 _UNIT = 128  # examples of a budget's passes
 _OFF = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 # Some callbacks insist on a logger; that they exist is seen when the configuration is read.
@@ -25,7 +26,10 @@ _SILENT = [*(word for name in _OFF for word in (f"--trainer.{name}", "false")), 
 
 
 class Stopwatch(Callback):
-    """Note when training begins and when each of its steps ends, in ``times`` [1 + steps], seconds."""
+    """Note when training begins and when each of its steps ends, in ``times`` [1 + steps], seconds.
+
+    When the steps after the warm-up have lasted for long enough, training ends.
+    """
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -35,8 +39,10 @@ class Stopwatch(Callback):
         self.times.append(time.perf_counter())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        """Note the time."""
+        """Note the time, and end where it was long enough."""
         self.times.append(time.perf_counter())
+        if len(self.times) > _WARM_UP + 1 and self.times[-1] - self.times[_WARM_UP] > _ENOUGH:
+            trainer.should_stop = True
 
 
 def check(study: Study, fit: Fit) -> dict[str, int]:
