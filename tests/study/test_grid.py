@@ -193,6 +193,7 @@ BAD_CHOICES = {
     "{budgets: [10, 15], seed: 0}": ("{budgets: [10]}", "trials: 'seed' is missing"),
     "[10, 15], seed": ("[], seed", "trials: 'budgets' is missing"),
     "[10, 15]": ("[10, 10]", "two cells would share the folder '_trials/FO/ScalableCNN_0.5/budget_10/lr_0.001'"),
+    "[10, 15], seed: 0": ("[10, 15, 17, 30], seed: 0", "trials.budgets: no run goes by that of 15 passes"),
     "budgets: [10, 15]": ("budget: 10", "unknown key 'budget' .did you mean budgets"),
     "seed: 0}": ("seed: 0, val_size: 1}", "val_size must be a share of the training data between 0 and 1, got 1"),
     "[1e-3, 1e-2]": ("[1e-3]", "as many learning_rates as the others, got FO 1, ZO 2"),

@@ -148,6 +148,12 @@ def _check(study: Study, path: Path) -> None:
         raise UserError(f"{path}: each method has to have as many learning_rates as the others, got {counts}")
     if study.trials is not None and study.trials.seed in study.seeds:
         raise UserError(f"{path}: trials.seed {study.trials.seed} is one of the study's seeds: take another one")
+    if study.trials is not None:
+        asked = {study.trials.budget_for(budget) for budget in study.budgets or (None,)}
+        if idle := [budget for budget in study.trials.budgets if budget not in asked]:
+            raise UserError(
+                f"{path}: trials.budgets: no run goes by that of {idle[0]} passes, but by the largest within its own"
+            )
 
 
 def _mapping(text: Mapping[str, Any], key: str, path: Path) -> dict[Any, Any]:
