@@ -136,5 +136,4 @@ class PerExampleState(State):
         self.last, self.is_smooth = state["last"], state["is_smooth"]
         self.feedback.load_state_dict(state["feedback"])
         self.shrinkage.load_state_dict(state["shrinkage"])
-        if "sizes" in state:  # not in a checkpoint of an earlier form
-            self.sizes.load_state_dict(state["sizes"])
+        self.sizes.load_state_dict(state["sizes"])
